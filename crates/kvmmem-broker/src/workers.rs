@@ -24,6 +24,15 @@ const STACK: usize = 512 << 10;
 /// The most threads that look for paths: a file system may never answer.
 const MAX_PATHS: usize = 16;
 
+/// How many of them have begun within [`HUNG`], at most: file systems that answer need no more.
+const MAX_NEW_PATHS: usize = 4;
+
+/// How long a file system may take before it counts as one that does not answer.
+const HUNG: Duration = Duration::from_millis(250);
+
+/// The most paths that wait for a thread.
+const MAX_WAITING_PATHS: usize = 256;
+
 /// How long a worker waits for more work before it ends.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -64,45 +73,59 @@ struct Pool {
     queue: VecDeque<(Party, Job)>,
     /// How many threads work for each party.
     busy: HashMap<Party, usize>,
+    /// When the threads that look for paths have begun.
+    lookups: HashMap<Party, Instant>,
     threads: usize,
     /// Threads without work. The last one gets the next job, so that the others end at some time.
     idle: Vec<Thread>,
     /// Calls [`Workers::grow`], where the pool has started.
     token: Option<Token>,
-    is_growing: bool,
+    grows_at: Option<Instant>,
     is_ended: bool,
 }
 
 impl Pool {
     /// Where in the queue the next job is: the first one of the parties with the fewest threads,
     /// unless they have their share.
-    fn next(&self, share: usize) -> Option<usize> {
+    fn next(&self, share: usize, now: Instant) -> Option<usize> {
+        let path_share = usize::from(self.has_room_for_path(now));
         let mut best = None;
         for (index, (party, _)) in self.queue.iter().enumerate() {
+            let share = if party.is_path() { path_share } else { share };
             let busy = self.busy.get(party).copied().unwrap_or(0);
-            if busy < best.map_or(share, |(busy, _)| busy) {
+            if busy < share && best.is_none_or(|(least, _)| busy < least) {
                 best = Some((busy, index));
-            }
-            if busy == 0 {
-                break;
+                if busy == 0 {
+                    break;
+                }
             }
         }
         best.map(|(_, index)| index)
     }
 
-    fn take(&mut self, share: usize) -> Option<(Party, Job)> {
-        let job = self.queue.remove(self.next(share)?)?;
+    fn take(&mut self, share: usize, now: Instant) -> Option<(Party, Job)> {
+        let job = self.queue.remove(self.next(share, now)?)?;
         *self.busy.entry(job.0).or_default() += 1;
+        if job.0.is_path() {
+            self.lookups.insert(job.0, now);
+        }
         Some(job)
     }
 
-    /// Whether a job for a path can be taken at once: no other one looks for that path, and not too
-    /// many for others.
+    /// Whether one more thread may look for a path.
+    fn has_room_for_path(&self, now: Instant) -> bool {
+        let is_new = |began: &&Instant| now.saturating_duration_since(**began) < HUNG;
+        self.lookups.len() < MAX_PATHS
+            && self.lookups.values().filter(is_new).count() < MAX_NEW_PATHS
+    }
+
+    /// Whether a job for a path may wait: no other one is for that path, and not too many for
+    /// others. So those whose file systems do not answer cannot fill the queue.
     fn takes_path(&self, path: Party) -> bool {
-        let is_path = |party: &&Party| matches!(party, Party::Path(_));
-        let waiting = || self.queue.iter().map(|(party, _)| party);
-        let count = self.busy.keys().filter(is_path).count() + waiting().filter(is_path).count();
-        count < MAX_PATHS && !self.busy.contains_key(&path) && !waiting().any(|it| *it == path)
+        let waiting = || self.queue.iter().map(|(party, _)| party).filter(|party| party.is_path());
+        !self.lookups.contains_key(&path)
+            && waiting().count() < MAX_WAITING_PATHS
+            && !waiting().any(|it| *it == path)
     }
 
     fn done(&mut self, party: Party) {
@@ -112,6 +135,13 @@ impl Pool {
                 self.busy.remove(&party);
             }
         }
+        self.lookups.remove(&party);
+    }
+}
+
+impl Party {
+    fn is_path(self) -> bool {
+        matches!(self, Self::Path(_))
     }
 }
 
@@ -147,8 +177,8 @@ impl Workers {
         self.run_in(&mut lock(&self.0.pool), party, job);
     }
 
-    /// Does a job that looks for a path, unless one looks for that path already or too many look for
-    /// others; whether it does.
+    /// Does a job that looks for a path, unless one for that path is there already or too many for
+    /// others are; whether it does.
     pub(crate) fn run_for_path(&self, path: &Path, job: impl FnOnce() + Send + 'static) -> bool {
         let mut hasher = DefaultHasher::new();
         path.hash(&mut hasher);
@@ -170,15 +200,25 @@ impl Workers {
             // One of the party's own threads does it.
             return;
         }
+        if party.is_path() {
+            // A thread that looks for another path does it, unless that one's file system hangs.
+            if !pool.has_room_for_path(Instant::now()) {
+                return self.grow_later(pool, HUNG);
+            }
+            // So does one that was woken for another path.
+            if pool.queue.iter().filter(|(party, _)| party.is_path()).nth(1).is_some() {
+                return self.grow_later(pool, GROW);
+            }
+        }
         match pool.idle.pop() {
             Some(thread) => thread.unpark(),
-            None => self.grow_later(pool),
+            None => self.grow_later(pool, GROW),
         }
     }
 
     /// Whether jobs wait that a free thread would do.
     pub(crate) fn are_wanted(&self) -> bool {
-        lock(&self.0.pool).next(self.0.share).is_some()
+        lock(&self.0.pool).next(self.0.share, Instant::now()).is_some()
     }
 
     /// Drops all jobs that wait; threads end when they are done with the one that they have.
@@ -201,30 +241,44 @@ impl Workers {
         lock(&self.0.pool).threads
     }
 
-    fn grow_later(&self, pool: &mut Pool) {
+    fn grow_later(&self, pool: &mut Pool, pause: Duration) {
+        let at = Instant::now() + pause;
         if let Some(token) = pool.token
-            && pool.threads < self.0.most
-            && !std::mem::replace(&mut pool.is_growing, true)
-            // It fails only for file descriptors.
-            && let Err(error) = self.0.reactor.arm(token, None, Some(Instant::now() + GROW))
+            && pool.grows_at.is_none_or(|planned| at < planned)
         {
-            tracing::error!(%error, name = self.0.name, "no workers are added");
+            pool.grows_at = Some(at);
+            // It fails only for file descriptors.
+            if let Err(error) = self.0.reactor.arm(token, None, Some(at)) {
+                tracing::error!(%error, name = self.0.name, "no workers are added");
+            }
         }
     }
 
     /// Adds a thread where jobs still wait for one.
     fn grow(&self) {
         let mut pool = lock(&self.0.pool);
-        pool.is_growing = false;
-        let is_wanted = pool.next(self.0.share).is_some() && pool.idle.is_empty();
-        if pool.is_ended || !is_wanted || pool.threads >= self.0.most {
+        pool.grows_at = None;
+        if pool.is_ended {
             return;
         }
-        // Those that there are do it, or the next attempt succeeds.
-        if let Err(error) = self.spawn(&mut pool) {
-            tracing::debug!(%error, name = self.0.name, "cannot start a worker");
+        if pool.next(self.0.share, Instant::now()).is_none() {
+            if pool.queue.iter().any(|(party, _)| party.is_path()) && pool.lookups.len() < MAX_PATHS
+            {
+                self.grow_later(&mut pool, HUNG);
+            }
+            return;
         }
-        self.grow_later(&mut pool);
+        if let Some(thread) = pool.idle.pop() {
+            thread.unpark();
+        } else if pool.threads < self.0.most {
+            // Those that there are do it, or the next attempt succeeds.
+            if let Err(error) = self.spawn(&mut pool) {
+                tracing::debug!(%error, name = self.0.name, "cannot start a worker");
+            }
+        } else {
+            return;
+        }
+        self.grow_later(&mut pool, GROW);
     }
 
     fn spawn(&self, pool: &mut Pool) -> io::Result<()> {
@@ -240,7 +294,7 @@ impl Workers {
         let mut idle_since = Instant::now();
         let mut pool = lock(&self.0.pool);
         while !pool.is_ended {
-            if let Some((party, job)) = pool.take(self.0.share) {
+            if let Some((party, job)) = pool.take(self.0.share, Instant::now()) {
                 drop(pool);
                 if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
                     tracing::error!(name = self.0.name, ?party, "a worker's job has failed");

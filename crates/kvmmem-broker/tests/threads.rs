@@ -108,7 +108,7 @@ fn hooks_that_wait_have_no_thread() {
         admin.hook(&format!("vm-{}", n % 30), &endpoint).unwrap();
     }
     assert_eq!(broker.state.hook_count(), 150);
-    // Those that were needed meanwhile end. At most four at a time look for the tools of one user.
+    // Those that were needed meanwhile end. At most four at a time look for tools.
     wait_for("idle threads to end", || threads("session") <= 6);
     // That of the broker before may still be ending.
     wait_for("one reactor", || threads("reactor") == 1);

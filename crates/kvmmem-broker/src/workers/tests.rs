@@ -44,14 +44,15 @@ fn one_party_takes_its_share_and_no_more() {
 /// Of two parties, the one without a thread goes first.
 #[test]
 fn the_party_with_the_fewest_threads_is_next() {
-    let mut pool = Pool::default();
+    let (mut pool, now) = (Pool::default(), Instant::now());
     let parties = [1, 1, 1, 2, 1, 2].map(Party::Target);
     pool.queue.extend(parties.map(|party| (party, Box::new(|| {}) as Job)));
-    let taken: Vec<Party> = std::iter::from_fn(|| pool.take(2)).map(|(party, _)| party).collect();
+    let taken: Vec<Party> =
+        std::iter::from_fn(|| pool.take(2, now)).map(|(party, _)| party).collect();
     assert_eq!(taken, [1, 2, 1, 2].map(Party::Target));
     pool.done(Party::Target(1));
-    assert_eq!(pool.take(2).map(|(party, _)| party), Some(Party::Target(1)));
-    assert!(pool.take(2).is_none() && pool.queue.len() == 1);
+    assert_eq!(pool.take(2, now).map(|(party, _)| party), Some(Party::Target(1)));
+    assert!(pool.take(2, now).is_none() && pool.queue.len() == 1);
 }
 
 #[test]
@@ -117,11 +118,20 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     };
     assert!(hang("/0") && !hang("/0"));
     assert!((1..MAX_PATHS).all(|number| hang(&format!("/{number}"))));
-    assert!(!hang("/more"), "it would take the last threads");
+    let deadline = Instant::now() + LIMIT;
+    // Each begins, as those before it have hung for a while.
+    while lock(&workers.0.pool).lookups.len() < MAX_PATHS {
+        assert!(Instant::now() < deadline, "they hold each other up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // More would take the last threads; those that wait are not too many.
+    assert!((0..MAX_WAITING_PATHS).all(|number| hang(&format!("/more/{number}"))));
+    assert!(!hang("/0") && !hang("/more/0") && !hang("/last"));
     let (done, is_done) = mpsc::channel();
     workers.run(Party::Target(1), move || done.send(()).unwrap());
     assert_eq!(is_done.recv_timeout(LIMIT), Ok(()));
     assert!(!workers.are_wanted());
+    assert_eq!(lock(&workers.0.pool).lookups.len(), MAX_PATHS);
     drop(free);
     let deadline = Instant::now() + LIMIT;
     while !workers.run_for_path(Path::new("/0"), || {}) {
@@ -130,4 +140,26 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     }
     workers.end();
     reactor.end();
+}
+
+/// Hooks to many paths are tried again at one time: four threads do that, unless some hang.
+#[test]
+fn few_threads_look_for_paths_at_a_time() {
+    let (mut pool, now) = (Pool::default(), Instant::now());
+    let parties = (0..100).map(Party::Path);
+    pool.queue.extend(parties.map(|party| (party, Box::new(|| {}) as Job)));
+    let taken = |pool: &mut Pool, now| {
+        std::iter::from_fn(|| pool.take(1, now)).map(|(party, _)| party).collect::<Vec<_>>()
+    };
+    let first = taken(&mut pool, now);
+    assert_eq!(first.len(), MAX_NEW_PATHS);
+    first.iter().for_each(|party| pool.done(*party));
+    for round in 1..=MAX_PATHS / MAX_NEW_PATHS {
+        let now = now + HUNG * u32::try_from(round).unwrap();
+        assert_eq!(taken(&mut pool, now).len(), MAX_NEW_PATHS);
+    }
+    assert_eq!(taken(&mut pool, now + 100 * HUNG), []);
+    // Others have the threads that are left.
+    pool.queue.push_back((Party::Target(1), Box::new(|| {})));
+    assert_eq!(taken(&mut pool, now), [Party::Target(1)]);
 }
