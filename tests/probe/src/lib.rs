@@ -57,8 +57,8 @@ pub struct More {
 /// A tool has come to the point at which the scenario is to act.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Ready {
-    /// Always true.
-    pub ready: bool,
+    /// The tool's process id.
+    pub ready: u32,
 }
 
 /// A series of times that a tool took.

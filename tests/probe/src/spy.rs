@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Ok((last >= first + 5, format!("{first} to {last}")))
     })?;
 
-    say(&Ready { ready: true })?;
+    say(&Ready { ready: std::process::id() })?;
     step("the owner takes the grant back, and poll tells", || {
         let event = view.wait(PATIENCE)?;
         Ok((event == Some(Event::Revoked), format!("{event:?}")))

@@ -156,14 +156,14 @@ impl PageGrants {
     }
 
     /// Starts a tool that reads one of the pages until it has lost its view; it reads when this
-    /// returns.
-    fn hold(&self, world: &World, spec: &Spec, index: usize) -> Result<Child> {
+    /// returns. With its process id.
+    fn hold(&self, world: &World, spec: &Spec, index: usize) -> Result<(Child, u32)> {
         let (grant, gpa, bytes) = self.pages.get(index).context("no such page")?;
         let command = probe(grant, "hold").args(["--gpa", &gpa.to_string(), "--bytes", bytes]);
         let mut child = world.qemu(spec)?.agent.spawn(&command)?;
         while let Some(line) = child.read_line(PATIENCE)? {
-            if serde_json::from_str::<Ready>(&line).is_ok() {
-                return Ok(child);
+            if let Ok(Ready { ready }) = serde_json::from_str(&line) {
+                return Ok((child, ready));
             }
             let step: Step = serde_json::from_str(&line)?;
             ensure!(step.ok, "{}: {}", step.what, step.detail);
@@ -176,15 +176,21 @@ impl PageGrants {
 /// when it runs again it believes nothing that it reads.
 fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedAt) -> Result<()> {
     let page = PageGrants::new(world, target)?;
-    let mut first = page.hold(world, spec, 0)?;
+    let (mut first, pid) = page.hold(world, spec, 0)?;
     first.kill(STOP)?;
+    let stat = format!("/proc/{pid}/stat");
+    let is_stopped = wait::until(|| {
+        let stat = world.qemu(spec)?.agent.get(&stat)?;
+        Ok(String::from_utf8_lossy(&stat).contains(") T "))
+    })?;
+    ensure!(is_stopped, "the tool does not stop");
     let [(grant, ..), _] = &page.pages;
     let revoked = world.revoke(grant.grant)?;
     report.check("the grant of a tool that is stopped is revoked", revoked.views == 1, "");
     report.check("its devices are unplugged all the same", is_empty(world, spec)?, "");
     let retired = wait::until(|| Ok(slots(world, spec)?.1.len() == 1))?;
     report.check("and its port is retired", retired, format!("{:?}", slots(world, spec)?));
-    let mut second = page.hold(world, spec, 1)?;
+    let (mut second, _) = page.hold(world, spec, 1)?;
     first.kill(CONT)?;
     report_end(report, "the tool runs again beside the next view", &mut first)?;
     second.kill(KILL)?;
@@ -226,7 +232,7 @@ fn revoked_while_read(
         let page = PageGrants::new(world, target)?;
         let mut tools = Vec::new();
         for (index, (grant, ..)) in page.pages.iter().enumerate() {
-            tools.push(page.hold(world, spec, index)?);
+            tools.push(page.hold(world, spec, index)?.0);
             world.revoke(grant.grant)?;
         }
         for tool in &mut tools {
