@@ -155,9 +155,10 @@ impl Bus<'_> {
             }
         }
         let slots = Slots { heads, functions };
-        match slots.take(writes, self.is_alive)? {
-            None if is_late => bound.map_or(Ok(None), Err),
-            found => Ok(found),
+        match slots.take(writes, self.is_alive) {
+            Ok(None) if is_late => bound.map_or(Ok(None), Err),
+            Err(SysfsError::Bound { .. }) if !is_late => Ok(None),
+            found => found,
         }
     }
 }
@@ -185,6 +186,15 @@ impl Slots {
             }
             Err(PageError::Lost) => return Err(SysfsError::Ended),
         };
+        let mut windows = BTreeMap::new();
+        for number in snapshot.ranges.iter().map(|range| range.window) {
+            let Some(function) = self.window(number) else { return Ok(None) };
+            if let Some(driver) = function.driver() {
+                return Err(SysfsError::Bound { device: function.name(), driver });
+            }
+            let Some(len) = function.bar_len() else { return Ok(None) };
+            windows.insert(number, (function, len));
+        }
         match head.claim() {
             Ok(true) => {}
             Ok(false) => return Err(SysfsError::Taken),
@@ -194,30 +204,15 @@ impl Slots {
             }
         }
         let is_writable = writes && snapshot.descriptor.rights & RIGHT_WRITE != 0;
-        let mut windows = BTreeMap::new();
-        for number in snapshot.ranges.iter().map(|range| range.window) {
-            if windows.contains_key(&number) {
-                continue;
-            }
-            let Some(function) = self.window(number) else { return Ok(None) };
-            if let Some(driver) = function.driver() {
-                return Err(SysfsError::Bound { device: function.name(), driver });
-            }
-            let Some(len) = function.bar_len() else { return Ok(None) };
+        let map = |(number, (function, len)): (u32, (&Function, u64))| {
             let map = || {
                 function.enable()?;
                 Bar::map(function, len, Kind::WriteCombining, is_writable, is_alive)
             };
-            match map() {
-                Ok(bar) => drop(windows.insert(number, bar)),
-                Err(errno) => {
-                    return match gone_or(function, errno) {
-                        Some(error) => Err(error),
-                        None => Err(SysfsError::Ended),
-                    };
-                }
-            }
-        }
+            let mapped = map().map_err(|errno| gone_or(function, errno));
+            Ok((number, mapped.map_err(|error| error.unwrap_or(SysfsError::Ended))?))
+        };
+        let windows = windows.into_iter().map(map).collect::<Result<_, SysfsError>>()?;
         let Some((head, _)) = self.heads.remove(&0) else { return Ok(None) };
         Ok(Some((Devices { head, windows }, snapshot)))
     }

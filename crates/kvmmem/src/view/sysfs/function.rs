@@ -35,7 +35,8 @@ pub(super) enum Kind {
 }
 
 impl Function {
-    /// The `ivshmem` functions in `folder`. One that goes meanwhile is left out.
+    /// The `ivshmem` functions in `folder` that the kernel has given their addresses. One that goes
+    /// meanwhile is left out.
     pub(super) fn all(folder: &Path) -> io::Result<Vec<Self>> {
         let entries = fs::read_dir(folder)?;
         Ok(entries.filter_map(|entry| Self::of(&entry.ok()?.path())).collect())
@@ -47,7 +48,9 @@ impl Function {
             Self { folder: folder.to_owned(), slot: slot.to_owned(), number: number.parse().ok()? };
         let is = |file: &str, wanted: &str| function.text(file).is_some_and(|id| id == wanted);
         let [vendor, device] = IVSHMEM;
-        (is("vendor", vendor) && is("device", device)).then_some(function)
+        let is_ivshmem = is("vendor", vendor) && is("device", device);
+        // The kernel lists a function first, then gives it addresses, then makes this file.
+        (is_ivshmem && function.folder.join("resource2").exists()).then_some(function)
     }
 
     /// Its address: `0000:01:00.0`.
