@@ -87,10 +87,10 @@ impl Pair {
     /// Makes QEMU send events without end, from now on.
     fn flood(&self) {
         self.arm(0, Fault::FloodForEver);
-        let introspector = Arc::clone(&self.introspector);
+        let mut admin = self.broker.admin();
         // Any command will do, answered or not.
         let _ = returns("a command before events without end", move || {
-            introspector.free_slots().is_ok()
+            admin.free_slots("fake").is_ok()
         });
         wait_for("events to be taken", || self.qemu.machine().floods > 0);
     }
@@ -266,7 +266,7 @@ fn a_reset_ends_the_views_before_it_and_no_later_one() {
     pair.qemu.machine().is_stubborn = true;
     let earlier = pair.open().unwrap();
     pair.arm(0, Fault::Reset);
-    pair.introspector.free_slots().unwrap();
+    pair.broker.admin().free_slots("fake").unwrap();
     wait_for("the view before the reset to end", || earlier.ended());
     // The VM is reset once more, and a view opened, before that thread looks for what ends by this
     // reset.
@@ -277,7 +277,7 @@ fn a_reset_ends_the_views_before_it_and_no_later_one() {
     wait_for("the earlier view's devices to go", || pair.qemu.machine().devices.len() == 2);
     assert!(!later.ended());
     pair.arm(0, Fault::Reset);
-    pair.introspector.free_slots().unwrap();
+    pair.broker.admin().free_slots("fake").unwrap();
     wait_for("the view before the last reset to end", || later.ended());
     drop((earlier, later));
     pair.recovers();

@@ -244,7 +244,14 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
     wait_for("the view to go", || pair.counts() == (0, 0) && pair.marks() == 0);
     assert_eq!(pair.retired(), [""; 0]);
 
-    // A tool that is killed says nothing. All slots of this bus share its addresses.
+    // The kernel of a tool that is killed closes its connection.
+    let opened = pair.open_for_library().unwrap();
+    opened.tool_has_closed();
+    drop(opened);
+    wait_for("the view to go", || pair.counts() == (0, 0) && pair.marks() == 0);
+    assert_eq!(pair.retired(), [""; 0]);
+
+    // A tool that hangs does nothing. All slots of this bus share its addresses.
     let opened = pair.open_for_library().unwrap();
     drop(opened);
     wait_for("the port to be retired", || pair.retired() == ["pci.0"]);

@@ -28,9 +28,8 @@
 //! - The tool must be root.
 //! - Each access through [`View`] and [`Mapping`] is proven: it succeeds only if the bytes are the
 //!   view's. Only an access of your own at [`Mapping::address`] is not.
-//! - The host asks this process to release the memory, and waits for it for a second. Where it is
-//!   killed, or does not answer, the PCI port stays unused until the machine is reset. So end a
-//!   view by dropping it.
+//! - The host asks this process to release the memory, and waits for it for a second. If it is
+//!   stopped and does neither answer nor exit, the PCI port stays unused until the machine is reset.
 //! - [`View::data_from`] knows the ranges only, and [`View::stats`] returns `None`.
 //!
 //! # Signals

@@ -57,6 +57,10 @@ impl Views for IntrospectorViews {
         view.ticket().clone()
     }
 
+    fn tool_has_closed(view: &Opened) {
+        view.tool_has_closed();
+    }
+
     fn has_ended(view: &Opened) -> bool {
         view.ended()
     }

@@ -56,6 +56,9 @@ pub(crate) trait Views: Send + Sync + 'static {
     /// The token by which the guest's driver gives the view to its tool.
     fn ticket(view: &Self::View) -> Token;
 
+    /// Records that the tool has closed the connection, or that its process has ended.
+    fn tool_has_closed(view: &Self::View);
+
     /// Whether the view was revoked, or its target is gone.
     fn has_ended(view: &Self::View) -> bool;
 
@@ -155,7 +158,10 @@ impl<V: Views> Connection<V> {
                 let deadline = Instant::now() + ANSWER_LIMIT;
                 match guest::write(&mut TimedSocket::new(socket.as_fd(), deadline), &answer) {
                     Ok(()) => self.keep(view),
-                    Err(_) => self.end(view, "its tool does not read"),
+                    Err(_) => {
+                        let ended = ended::<V>(&view, socket).unwrap_or("its tool does not read");
+                        self.end(view, ended);
+                    }
                 }
             }
             Err(refused) => {
@@ -216,10 +222,14 @@ impl<V: Views> Connection<V> {
 
 /// Why an open view ends, if it does.
 fn ended<V: Views>(view: &V::View, socket: &OwnedFd) -> Option<&'static str> {
+    let received = recv(socket, &mut [0; 1], RecvFlags::DONTWAIT);
+    if let Ok((0, _)) = received {
+        V::tool_has_closed(view);
+    }
     if V::has_ended(view) {
         return Some("revoked, or its target has exited");
     }
-    match recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) {
+    match received {
         Err(Errno::AGAIN | Errno::INTR) => None,
         Ok((0, _)) | Err(_) => Some("closed"),
         Ok(_) => Some("its tool spoke out of turn"),

@@ -15,7 +15,7 @@ impl Introspector {
     ///
     /// # Errors
     /// [`OpenError::Ask`], where QEMU does not say.
-    pub fn free_slots(&self) -> Result<(usize, usize), OpenError> {
+    fn free_slots(&self) -> Result<(usize, usize), OpenError> {
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
         let places = machine::slots(&mut qmp)?;
         let free = self.free(&lock(&self.state), &places, 0)?.len();

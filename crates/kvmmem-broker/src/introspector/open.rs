@@ -50,6 +50,7 @@ pub struct Opened {
     introspector: Arc<Introspector>,
     view: Arc<View>,
     ticket: Token,
+    mapped_by: MappedBy,
 }
 
 /// Why there is no view.
@@ -168,7 +169,7 @@ impl Introspector {
         let is_open = view.opened(shown.is_ok());
         let error = match shown {
             Ok(ticket) if is_open => {
-                return Ok(Opened { introspector: Arc::clone(self), view, ticket });
+                return Ok(Opened { introspector: Arc::clone(self), view, ticket, mapped_by });
             }
             Ok(_) => OpenError::Ended,
             Err(error) => error,
@@ -280,6 +281,15 @@ impl Opened {
         &self.ticket
     }
 
+    /// Records that the tool has closed its connection. A library closes it when nothing of the
+    /// view is mapped any more, and the kernel of a process that ends unmaps its memory before it
+    /// closes its files: so this acknowledges the view's end.
+    pub fn tool_has_closed(&self) {
+        if self.mapped_by == MappedBy::Library {
+            self.view.acknowledge_end();
+        }
+    }
+
     /// Whether the view has ended, or is about to: its grant was revoked, its target is gone, or
     /// its guest has been reset.
     pub fn ended(&self) -> bool {
@@ -310,7 +320,7 @@ fn retired_words(buses: &[String]) -> String {
     match buses {
         [] => String::new(),
         buses => format!(
-            " ({} retired until the introspector is reset: a tool ended without acknowledging the end of its view)",
+            " ({} retired until the introspector is reset: a tool did not acknowledge the end of its view)",
             buses.join(", ")
         ),
     }

@@ -3,8 +3,9 @@
 //!
 //! A tool that does without the module maps PCI devices by itself, and unplugging them does not take
 //! the mappings away: they show what is plugged in next at that address. So the tool acknowledges
-//! that it has removed them. Where it has not by the time at which the devices are gone, nothing
-//! more comes to that address: the bus is retired. The slots of one bus share its addresses.
+//! that it has removed them, in the descriptor page or by the end of its connection. Where it has
+//! not by the time at which the devices are gone, nothing more comes to that address: the bus is
+//! retired. The slots of one bus share its addresses.
 //!
 //! The bus was marked in QEMU before the view was plugged in ([`Mark`]), so that a later broker
 //! knows it as well.

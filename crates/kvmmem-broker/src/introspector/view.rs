@@ -60,6 +60,8 @@ struct Life {
     was_open: bool,
     /// Whether the guest can still reach devices of it, where it is stuck.
     has_devices: bool,
+    /// Whether the tool has ended, which needs no acknowledgement in the descriptor page.
+    is_acknowledged: bool,
 }
 
 /// Where a view is between being opened and being gone. In the first of these it is the opener's,
@@ -106,6 +108,7 @@ impl View {
                 end: None,
                 was_open: false,
                 has_devices: false,
+                is_acknowledged: false,
             }),
             changed: Condvar::new(),
             waiter: Mutex::default(),
@@ -250,13 +253,20 @@ impl View {
 
     /// Whether nothing of the view is mapped in the guest by a tool without the module.
     pub(super) fn is_released(&self) -> bool {
-        !lock(&self.life).was_open || self.is_seen()
+        let was_open = lock(&self.life).was_open;
+        !was_open || self.is_seen()
+    }
+
+    /// Records that nothing of the view is mapped in the guest any more.
+    pub(super) fn acknowledge_end(&self) {
+        lock(&self.life).is_acknowledged = true;
     }
 
     /// Whether the guest's driver has acted upon the last change; true where it never had the
     /// page.
     pub(super) fn is_seen(&self) -> bool {
-        lock(&self.pages).as_ref().is_none_or(Pages::is_seen)
+        let is_acknowledged = lock(&self.life).is_acknowledged;
+        is_acknowledged || lock(&self.pages).as_ref().is_none_or(Pages::is_seen)
     }
 }
 

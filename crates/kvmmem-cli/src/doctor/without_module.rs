@@ -18,7 +18,7 @@ fn check_module() -> Check {
     Check::warn(
         "module",
         "kvmmem is not loaded: tools map PCI devices by /sys, if the host trusts this virtual machine as a whole; each \
-         process that is root may see every view, and a tool that is killed costs a PCI port until a reset",
+         process that is root may see every view, and a tool that hangs when its view ends costs a PCI port until a reset",
         "this is enough for tools that are trusted; otherwise load the module (docs/guide/introspector.md)",
     )
 }

@@ -119,6 +119,12 @@ impl GuestConnection {
         &self.ticket
     }
 
+    /// Ends the connection, also for children that were forked.
+    pub(super) fn shut(&self) {
+        // It fails only where the host has ended it.
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+    }
+
     /// Whether the host has ended the connection, and with it the view.
     pub(super) fn is_shut(&self) -> bool {
         is_shut(self.stream.as_fd())

@@ -89,6 +89,8 @@ impl SysfsView {
         let digest = Sha256::digest(*Zeroizing::new(connection.ticket().to_bytes())).into();
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map(Arc::new);
         let stop = stop.map_err(|errno| SysfsError::Watch(errno.into()))?;
+        // Dropped last, also where this fails: its end acknowledges the view's.
+        let connection = Arc::new(connection);
         let (devices, snapshot) = bus.find(&digest, access == Access::Granted)?;
         let shared = Arc::new(Shared::new(devices, snapshot));
         // Now the host knows that all is here, and no other process may take it.
@@ -101,7 +103,10 @@ impl SysfsView {
         });
         let watcher = std::thread::Builder::new()
             .name("kvmmem-view".into())
-            .spawn(move || watch(&shared, connection, &stop))
+            .spawn({
+                let connection = Arc::clone(&connection);
+                move || watch(&shared, connection, &stop)
+            })
             .map_err(SysfsError::Watch)?;
         *view.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
         Ok(view)
@@ -216,7 +221,7 @@ impl Drop for SysfsView {
 
 /// Follows the host until the view ends; the connection ends then, too, and with it what is plugged
 /// in.
-fn watch(shared: &Shared, connection: GuestConnection, stop: &OwnedFd) {
+fn watch(shared: &Shared, connection: Arc<GuestConnection>, stop: &OwnedFd) {
     while shared.follow() == Follow::Open {
         // Looked at after the page: the host ends the view, and then the connection.
         if connection.is_shut() {
@@ -240,5 +245,10 @@ fn watch(shared: &Shared, connection: GuestConnection, stop: &OwnedFd) {
     }
     // It has ended already, but where this is its end.
     shared.end(State::Gone);
-    drop(connection);
+    if shared.is_released() {
+        connection.shut();
+    } else {
+        // The kernel closes it when this process ends, and all of its mappings with it.
+        std::mem::forget(connection);
+    }
 }

@@ -172,19 +172,13 @@ impl PageGrants {
     }
 }
 
-/// A tool is stopped, so that it does not acknowledge; later views are plugged in elsewhere, and
-/// when it runs again it believes nothing that it reads.
+/// Tools are stopped, so that they do not acknowledge; later views are plugged in elsewhere, and
+/// a tool that runs again believes nothing that it reads. A tool that is killed has acknowledged.
 fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedAt) -> Result<()> {
     let page = PageGrants::new(world, target)?;
     let (mut first, pid) = page.hold(world, spec, 0)?;
-    first.kill(STOP)?;
-    let stat = format!("/proc/{pid}/stat");
-    let is_stopped = wait::until(|| {
-        let stat = world.qemu(spec)?.agent.get(&stat)?;
-        Ok(String::from_utf8_lossy(&stat).contains(") T "))
-    })?;
-    ensure!(is_stopped, "the tool does not stop");
-    let [(grant, ..), _] = &page.pages;
+    stop(world, spec, &mut first, pid)?;
+    let [(grant, ..), (other, ..)] = &page.pages;
     let revoked = world.revoke(grant.grant)?;
     report.check("the grant of a tool that is stopped is revoked", revoked.views == 1, "");
     report.check("its devices are unplugged all the same", is_empty(world, spec)?, "");
@@ -195,11 +189,23 @@ fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedA
     report_end(report, "the tool runs again beside the next view", &mut first)?;
     second.kill(KILL)?;
     second.wait(PATIENCE)?;
+    let unplugged = world.settles(0)? && is_empty(world, spec)?;
+    let (left, retired) = slots(world, spec)?;
+    report.check(
+        "a tool that is killed costs no port",
+        unplugged && left == VIEWS as u64 - 1 && retired.len() == 1,
+        format!("{left} free, retired {retired:?}"),
+    );
+    let (mut third, pid) = page.hold(world, spec, 1)?;
+    stop(world, spec, &mut third, pid)?;
+    world.revoke(other.grant)?;
     let text = world.kvmmem(&["introspector", "list"])?;
     let all = wait::until(|| Ok(slots(world, spec)?.1.len() == VIEWS))?;
-    report.check("a tool that is killed costs the other port", all, text);
-    let (grant, gpa, _) = page.pages.get(1).context("no page")?;
-    let output = cli(world, spec, grant, &["read", &format!("{gpa:#x}"), "32"])?;
+    report.check("another tool that is stopped costs the other port", all, text);
+    third.kill(KILL)?;
+    third.wait(PATIENCE)?;
+    let grant = target.grant(world, 1, None)?;
+    let output = cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32"])?;
     let text = output.error_text();
     report.check(
         "no view is opened now, and the reason is told",
@@ -209,6 +215,18 @@ fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedA
     reset(world, spec)?;
     let again = wait::until(|| Ok(slots(world, spec)? == free(VIEWS)))?;
     report.check("a reset brings the ports back", again, format!("{:?}", slots(world, spec)?));
+    Ok(())
+}
+
+/// Stops a tool, with its process id.
+fn stop(world: &World, spec: &Spec, tool: &mut Child, pid: u32) -> Result<()> {
+    tool.kill(STOP)?;
+    let stat = format!("/proc/{pid}/stat");
+    let is_stopped = wait::until(|| {
+        let stat = world.qemu(spec)?.agent.get(&stat)?;
+        Ok(String::from_utf8_lossy(&stat).contains(") T "))
+    })?;
+    ensure!(is_stopped, "the tool does not stop");
     Ok(())
 }
 

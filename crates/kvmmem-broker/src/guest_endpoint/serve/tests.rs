@@ -23,6 +23,7 @@ struct State {
     asked: Mutex<Vec<(u32, Token, Caller, bool)>>,
     open: AtomicUsize,
     revoked: AtomicBool,
+    closed_by_tool: AtomicBool,
     waiter: Mutex<Option<(Reactor, reactor::Token)>>,
 }
 
@@ -83,6 +84,10 @@ impl Views for Fake {
 
     fn ticket(_: &FakeView) -> Token {
         Token::new([5, 6, 7, 8])
+    }
+
+    fn tool_has_closed(view: &FakeView) {
+        view.0.closed_by_tool.store(true, Ordering::SeqCst);
     }
 
     fn has_ended(view: &FakeView) -> bool {
@@ -203,6 +208,7 @@ fn a_view_lasts_as_long_as_its_connection() {
     );
     drop(tool);
     wait_for("the view to close", || endpoint.open_views() == 1);
+    assert!(endpoint.state.closed_by_tool.load(Ordering::SeqCst));
     drop(other);
     wait_for("the other to close", || endpoint.open_views() == 0);
 }
@@ -266,6 +272,7 @@ fn who_goes_on_talking_loses_the_view() {
     tool.write_all(b"?").unwrap();
     assert!(is_closed(&mut tool));
     wait_for("the view to close", || endpoint.open_views() == 0);
+    assert!(!endpoint.state.closed_by_tool.load(Ordering::SeqCst));
 }
 
 #[test]
@@ -294,6 +301,7 @@ fn a_view_that_has_ended_ends_its_connection() {
     endpoint.state.wake();
     assert!(is_closed(&mut tool));
     wait_for("the view to close", || endpoint.open_views() == 0);
+    assert!(!endpoint.state.closed_by_tool.load(Ordering::SeqCst));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the view, its mappings and its watcher share: the devices, and what they show.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,8 @@ pub(super) struct Shared {
     /// Other mappings of the windows. Locked after `reach`.
     mappings: Mutex<Vec<Weak<Foreign>>>,
     events: Events,
+    /// Whether the view has ended and a mapping of it cannot be removed.
+    is_stuck: AtomicBool,
     /// The process that attached.
     process: u32,
 }
@@ -86,6 +89,7 @@ impl Shared {
             reach: RwLock::new(Reach { generation, state, snapshot, devices: Some(devices) }),
             mappings: Mutex::default(),
             events: Events::new(generation),
+            is_stuck: AtomicBool::new(false),
             process: std::process::id(),
         }
     }
@@ -93,6 +97,11 @@ impl Shared {
     /// Whether this is not a child that was forked.
     pub(super) fn is_own_process(&self) -> bool {
         std::process::id() == self.process
+    }
+
+    /// Whether nothing of a view that has ended is mapped any more.
+    pub(super) fn is_released(&self) -> bool {
+        !self.is_stuck.load(Ordering::Acquire)
     }
 
     pub(super) fn is_writable(&self) -> bool {
@@ -280,6 +289,7 @@ impl Shared {
         if self.clear_mappings() {
             head.acknowledge(SEEN_ALL);
         } else {
+            self.is_stuck.store(true, Ordering::Release);
             tracing::error!("a mapping of a view that has ended cannot be removed");
         }
         drop(head);

@@ -3,6 +3,7 @@
 //! after the device has gone.
 
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -248,12 +249,27 @@ fn the_hosts_end_of_the_connection_and_the_tools_end_the_view() {
     // A mapping keeps the view.
     let machine = Machine::new();
     machine.plug_view(b'a');
-    let (view, _theirs) = machine.attach().unwrap();
+    let (view, mut theirs) = machine.attach().unwrap();
     let mapping = map(&view, Range { gpa: 0, len: PAGE }).unwrap();
     drop(view);
     assert_eq!(mapping.read_u8(5).unwrap(), b'a');
     drop(mapping);
-    machine.head().wait_for_seen(SEEN_ALL);
+    // The host takes the end of the connection for an acknowledgement as well.
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    assert_eq!(machine.head().word(SEEN_AT), SEEN_ALL);
+}
+
+/// A child that was forked has the connection's file, too.
+#[test]
+fn a_view_that_has_ended_ends_the_connection_of_all_processes() {
+    let machine = Machine::new();
+    machine.plug_view(b'a');
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let _child = ours.try_clone().unwrap();
+    let bus = Bus { folder: machine.folder.path(), is_alive, limit: PATIENCE };
+    let connection = GuestConnection::of(ours.into(), machine.ticket.clone());
+    drop(SysfsView::open(&bus, connection, Access::ReadOnly).unwrap());
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
 }
 
 /// While it is read, the device goes and another view's bytes are where its mappings lead.
