@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use kvmmem_broker::Server;
 use kvmmem_client::admin::Admin;
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_client::vmm::{Region, Registration, VmIdentity, VmmLink};
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::request::Request;
 use kvmmem_proto::endpoint::Endpoint;
@@ -132,9 +132,6 @@ fn ram() -> Result<std::os::fd::OwnedFd, Box<dyn std::error::Error>> {
 }
 
 fn registration() -> Registration {
-    Registration::target(
-        "bench",
-        Uuid::from_bytes([1; 16]),
-        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    )
+    let region = Region { gpa: 0, len: RAM, offset: 0, file: 0 };
+    VmIdentity::target("bench", Uuid::from_bytes([1; 16])).registered(vec![region])
 }

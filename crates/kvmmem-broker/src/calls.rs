@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport};
+use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport, VmIdentity};
 use kvmmem_proto::scope::Rights;
 
 use mint::random_token;
@@ -209,7 +209,7 @@ impl Broker {
         attached: &NewView,
         files: Option<Vec<OwnedFd>>,
     ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
-        let NewView { view, opened, registration, layout, .. } = attached;
+        let NewView { view, opened, identity, layout, .. } = attached;
         let (view, grant, scope) = (*view, opened.grant, opened.scope.clone());
         if is_vmm {
             let target = opened.target;
@@ -225,8 +225,7 @@ impl Broker {
             grant,
             target: opened.target,
             scope,
-            uuid: registration.uuid,
-            name: registration.name.clone(),
+            identity: VmIdentity::clone(identity),
             generation: layout.generation,
             regions: layout.regions(),
             copied: layout.is_private,

@@ -180,12 +180,14 @@ impl Connection<'_> {
 
     fn register(
         &mut self,
-        mut registration: Registration,
+        registration: Registration,
         files: Vec<OwnedFd>,
     ) -> Result<Answer, Refused> {
-        let mut ram = Ram::registered(&mut registration, files)?;
+        let Registration { identity, vcpu_questions, regions } = registration;
+        let mut ram = Ram::registered(&identity, regions, files)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
-        let vm = self.service.broker().register(registration, &mut ram, peer, by)?;
+        peer.vcpu_questions().set_answering(vcpu_questions);
+        let vm = self.service.broker().register(identity, &mut ram, peer, by)?;
         self.service.broker().audit().write(Event::Registered(&vm));
         let (number, generation) = (vm.id(), vm.ram().map_or(0, |ram| ram.layout().generation));
         self.vm = Some(vm);

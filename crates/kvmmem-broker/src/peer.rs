@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{FromBroker, VcpuQuestion};
+use kvmmem_proto::message::{FromBroker, VcpuQuestion, VmIdentity};
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 use kvmmem_qemu::questions::{Ask, AskError, Reply};
 use kvmmem_sys::socket::unread;
@@ -296,10 +296,9 @@ pub(crate) struct NotSent {
 
 fn message(push: &Push) -> FromBroker {
     match push {
-        Push::Target { target, registration, layout } => FromBroker::Target {
+        Push::Target { target, identity, layout } => FromBroker::Target {
             id: *target,
-            name: registration.name.clone(),
-            uuid: registration.uuid,
+            identity: VmIdentity::clone(identity),
             generation: layout.generation,
             regions: layout.regions(),
         },

@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvmmem_proto::message::{Registration, TargetInfo};
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{TargetInfo, VmIdentity};
 
 use crate::core::refused::Refused;
 use crate::core::vms::RegisterError;
@@ -18,7 +19,7 @@ use crate::ram::Ram;
 #[derive(Debug)]
 pub(crate) struct Vm {
     id: u64,
-    registration: Arc<Registration>,
+    identity: Arc<VmIdentity>,
     ram: Option<Arc<Ram>>,
     peer: Arc<Peer>,
     hooks: Hooks,
@@ -28,12 +29,12 @@ pub(crate) struct Vm {
 impl Vm {
     pub(crate) fn new(
         id: u64,
-        registration: Arc<Registration>,
+        identity: Arc<VmIdentity>,
         ram: Option<Ram>,
         peer: Arc<Peer>,
     ) -> Self {
         let (hooks, gone, ram) = (Hooks::default(), AtomicBool::new(false), ram.map(Arc::new));
-        Self { id, registration, ram, peer, hooks, gone }
+        Self { id, identity, ram, peer, hooks, gone }
     }
 
     /// The broker's number for it.
@@ -41,9 +42,9 @@ impl Vm {
         self.id
     }
 
-    /// What its VMM said of it.
-    pub(crate) fn registration(&self) -> &Registration {
-        &self.registration
+    /// What it is registered as.
+    pub(crate) fn identity(&self) -> &VmIdentity {
+        &self.identity
     }
 
     /// Its RAM, where others may look at it.
@@ -73,16 +74,9 @@ impl Vm {
 
     /// How a list shows it.
     pub(crate) fn info(&self) -> TargetInfo {
-        let registration = &self.registration;
         TargetInfo {
             id: self.id,
-            name: registration.name.clone(),
-            uuid: registration.uuid,
-            vcpus: registration.vcpus,
-            start_time_ms: registration.start_time_ms,
-            cid: registration.cid,
-            introspectable: registration.introspectable,
-            introspector: registration.introspector,
+            identity: self.identity().clone(),
             memory_bytes: self.ram.as_ref().map_or(0, |ram| ram.layout().map.memory_bytes()),
             pid: self.peer.credentials().pid,
             hooks: self.hooks.list(),
@@ -91,17 +85,17 @@ impl Vm {
 }
 
 impl Ram {
-    /// The RAM that comes with a registration, whose regions it takes.
+    /// The RAM that comes with a registration.
     ///
     /// # Errors
     /// Where the RAM is not acceptable, or does not go with the registration; the files are then
     /// closed.
     pub(crate) fn registered(
-        registration: &mut Registration,
+        identity: &VmIdentity,
+        regions: Vec<Region>,
         files: Vec<OwnedFd>,
     ) -> Result<Option<Self>, Refused> {
-        let regions = std::mem::take(&mut registration.regions);
-        match (registration.introspectable, files.is_empty()) {
+        match (identity.introspectable, files.is_empty()) {
             (true, false) => Self::new(files, regions).map(Some).map_err(Refused::from),
             (false, true) if regions.is_empty() => Ok(None),
             _ => Err(RegisterError::NoRam.into()),

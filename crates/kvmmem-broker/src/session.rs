@@ -21,19 +21,19 @@ pub(crate) struct Session<'a> {
 
 impl TargetVm for Session<'_> {
     fn name(&self) -> &str {
-        &self.vm.registration().name
+        &self.vm.identity().name
     }
 
     fn uuid(&self) -> [u8; 16] {
-        self.vm.registration().uuid.into_bytes()
+        self.vm.identity().uuid.into_bytes()
     }
 
     fn start_time_ms(&self) -> i64 {
-        self.vm.registration().start_time_ms
+        self.vm.identity().start_time_ms
     }
 
     fn vcpu_count(&self) -> u32 {
-        self.vm.registration().vcpus
+        self.vm.identity().vcpus
     }
 
     fn max_gfn(&self) -> u64 {

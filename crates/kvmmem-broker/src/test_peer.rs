@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{
-    Answer, Call, FromBroker, GrantRequest, Refusal, Registration, Request,
-};
+use kvmmem_proto::message::{Answer, Call, FromBroker, GrantRequest, Refusal, Request, VmIdentity};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_proto::scope::Rights;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -82,8 +80,8 @@ impl Connection {
     /// Registers a target with one page of RAM.
     pub(crate) fn register_target(&mut self, name: &str) -> Result<Answer, (Refusal, String)> {
         let regions = vec![Region { gpa: 0, len: 0x1000, offset: 0, file: 0 }];
-        let registered = Registration { introspectable: true, regions, ..registration(name) };
-        self.ask(Call::Register(registered), Some(ram()))
+        let target = VmIdentity { introspectable: true, ..identity(name) };
+        self.ask(Call::Register(target.registered(regions)), Some(ram()))
     }
 }
 
@@ -109,18 +107,9 @@ pub(crate) fn grant_request(target: &str) -> GrantRequest {
     }
 }
 
-pub(crate) fn registration(name: &str) -> Registration {
-    Registration {
-        name: name.into(),
-        uuid: Uuid::from_u128(name.bytes().fold(1, |sum, byte| sum << 8 | u128::from(byte))),
-        vcpus: 1,
-        start_time_ms: 0,
-        vcpu_questions: false,
-        cid: None,
-        introspectable: false,
-        introspector: false,
-        regions: vec![],
-    }
+pub(crate) fn identity(name: &str) -> VmIdentity {
+    let uuid = Uuid::from_u128(name.bytes().fold(1, |sum, byte| sum << 8 | u128::from(byte)));
+    VmIdentity { introspectable: false, ..VmIdentity::target(name, uuid) }
 }
 
 pub(crate) fn ram() -> OwnedFd {

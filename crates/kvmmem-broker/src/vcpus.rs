@@ -101,7 +101,7 @@ impl Service {
     fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), Refused> {
         let vm = self.broker().find(target)?;
         let without = || {
-            let name = &vm.registration().name;
+            let name = &vm.identity().name;
             let quoted = format!("'{}'", name.replace('\'', r"'\''"));
             let remedy = if self.external().vms().contains(&vm.id()) {
                 format!(
@@ -121,7 +121,8 @@ impl Service {
             Refused::new(Refusal::Unsupported, message)
         };
         let by_vmm = || -> Option<Questions> {
-            vm.registration().vcpu_questions.then(|| Questions::new(Arc::<Peer>::clone(vm.peer())))
+            let peer = vm.peer();
+            peer.vcpu_questions().is_answering().then(|| Questions::new(Arc::<Peer>::clone(peer)))
         };
         let questions = self.external().questions(vm.id()).or_else(by_vmm).ok_or_else(without)?;
         Ok((vm, questions))

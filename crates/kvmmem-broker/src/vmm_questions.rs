@@ -25,10 +25,22 @@ struct State {
     last: u64,
     /// Where each answer goes, by the number of its question, with the time when that was sent.
     waiting: BTreeMap<u64, (Instant, Option<Reply>)>,
+    /// Whether the VMM has said that it answers.
+    is_answering: bool,
     is_closed: bool,
 }
 
 impl VmmQuestions {
+    /// Records whether the VMM has said that it answers questions.
+    pub(crate) fn set_answering(&self, is_answering: bool) {
+        lock(&self.0).is_answering = is_answering;
+    }
+
+    /// Whether the VMM has said that it answers questions.
+    pub(crate) fn is_answering(&self) -> bool {
+        lock(&self.0).is_answering
+    }
+
     /// The VMM's answer. One to a question that does not wait is dropped.
     pub(crate) fn answer(&self, id: u64, answer: VcpuAnswer) {
         if let Some((_, Some(reply))) = lock(&self.0).waiting.remove(&id) {

@@ -166,7 +166,7 @@ fn bad_registrations_are_refused() {
     let overlap = [regions(), regions()].concat();
     assert!(refused(with_regions(overlap), Some(ram())).contains("overlaps"));
     let mut vcpus = target("t");
-    vcpus.vcpus = 0;
+    vcpus.identity.vcpus = 0;
     assert!(refused(vcpus, Some(ram())).contains("vCPUs"));
     check(&broker);
 }

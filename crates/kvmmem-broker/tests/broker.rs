@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::Admin;
-use kvmmem_client::vmm::{RedeemError, Registration, Token, VmmLink};
+use kvmmem_client::vmm::{RedeemError, Token, VmIdentity, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, Tool, introspector, ram, target, wait_for};
+use common::{TestBroker, Tool, introspector, ram, target, uuid, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::request::Request;
 use rustix::io::{pread, pwrite};
@@ -25,7 +25,7 @@ fn vms_are_listed_as_long_as_they_are_registered() {
     let listed = admin.targets().unwrap();
     assert_eq!(listed.len(), 40);
     assert_eq!(
-        (listed[7].name.as_str(), listed[7].memory_bytes, listed[7].vcpus),
+        (listed[7].identity.name.as_str(), listed[7].memory_bytes, listed[7].identity.vcpus),
         ("vm-7", 0x6000, 2)
     );
     assert_eq!(listed[7].pid, std::process::id());
@@ -46,26 +46,22 @@ fn a_second_vm_of_the_same_name_uuid_or_cid_is_refused_by_name() {
     };
     assert!(refused(target("tiger"), Some(ram())).contains("\"tiger\""));
     let mut twin = target("twin");
-    twin.uuid = target("tiger").uuid;
-    assert!(refused(twin.clone(), Some(ram())).contains(&twin.uuid.to_string()));
+    twin.identity.uuid = uuid("tiger");
+    assert!(refused(twin.clone(), Some(ram())).contains(&twin.identity.uuid.to_string()));
     assert!(refused(introspector("puma", 7), None).contains("context id 7"));
 }
 
 #[test]
 fn one_vm_may_be_a_target_and_an_introspector_by_two_names() {
     let broker = TestBroker::start();
-    let uuid = target("tiger").uuid;
-    let _looks = VmmLink::connect(
-        &broker.path,
-        Registration { uuid, ..introspector("tiger-looks", 7) },
-        None,
-    )
-    .unwrap();
+    let uuid = uuid("tiger");
+    let looks =
+        |name, cid| VmIdentity { uuid, ..introspector(name, cid).identity }.registered(vec![]);
+    let _looks = VmmLink::connect(&broker.path, looks("tiger-looks", 7), None).unwrap();
     let _tiger = broker.target("tiger");
     // By its UUID it is the target: an introspector cannot be granted.
     assert_eq!(broker.state.number(&uuid.to_string()), broker.state.number("tiger"));
-    let third =
-        VmmLink::connect(&broker.path, Registration { uuid, ..introspector("puma", 8) }, None);
+    let third = VmmLink::connect(&broker.path, looks("puma", 8), None);
     assert!(
         matches!(third, Err(ClientError::Refused { refusal: Refusal::Exists, .. })),
         "{third:?}"
@@ -84,7 +80,7 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     admin.hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
     assert_eq!(session.hello.name, "tiger");
-    assert_eq!(session.hello.uuid, target("tiger").uuid.into_bytes());
+    assert_eq!(session.hello.uuid, uuid("tiger").into_bytes());
     assert_eq!(session.ask(Request::ReadPhysical { gpa: 0x10_1000, size: 7 }).unwrap(), b"stripes");
     session.ask(Request::WritePhysical { gpa: 0x3ffe, data: b"!?" }).unwrap();
     let mut bytes = [0; 2];
@@ -132,7 +128,7 @@ fn hooks_are_undone_and_doubled_ones_refused() {
         Err(ClientError::Refused { refusal, .. }) => refusal,
         other => panic!("{other:?}"),
     };
-    let uuid = target("tiger").uuid.to_string();
+    let uuid = uuid("tiger").to_string();
     admin.hook(&uuid, &tool.endpoint).unwrap();
     assert_eq!(refused(admin.hook("tiger", &tool.endpoint)), Refusal::Exists);
     assert_eq!(refused(admin.hook("lion", &tool.endpoint)), Refusal::Unknown);
@@ -162,7 +158,7 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     let token = session.token().unwrap();
     assert_eq!(tiger.redeem(&token).unwrap_err(), RedeemError::Denied);
     let found = lion.redeem(&token).unwrap().target;
-    assert_eq!(found.name(), "tiger");
+    assert_eq!(found.identity().name, "tiger");
     assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some((0, 0x3fff)), None));
     let mut bytes = [0; 7];
     let (file, offset) = found.resolve(0x10_1000).unwrap();
@@ -209,14 +205,15 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     for _ in 0..200 {
         let token = mint();
         assert_eq!(puma.redeem(&token).unwrap_err(), RedeemError::Unknown);
-        assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
+        assert_eq!(lion.redeem(&token).unwrap().target.identity().name, "tiger");
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
     // In a VM that is no introspector, any bearer may use the token; a VM that is gone gets
     // none.
     assert_eq!(broker.mint(vm, 99).err(), Some(KvmError::Perm));
-    let plain = Registration { introspector: false, ..introspector("plain", 99) };
+    let mut plain = introspector("plain", 99);
+    plain.identity.introspector = false;
     let _plain = VmmLink::connect(&broker.path, plain, None).unwrap();
     let token = broker.mint(vm, 99).unwrap();
     puma.redeem(&token).unwrap();
@@ -243,8 +240,8 @@ fn a_pushed_token_is_claimed_once_by_many_threads() {
 fn a_vm_gets_no_token_for_itself() {
     let broker = TestBroker::start();
     let mut both = target("both");
-    both.cid = Some(7);
-    both.introspector = true;
+    both.identity.cid = Some(7);
+    both.identity.introspector = true;
     let link = VmmLink::connect(&broker.path, both, Some(ram())).unwrap();
     let vm = broker.state.number("both").unwrap();
     let minted = broker.mint(vm, 7);
@@ -302,5 +299,5 @@ fn vms_register_again_with_a_new_broker() {
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
     let vm = broker.state.number("tiger").unwrap();
     let token = broker.mint(vm, 7).unwrap();
-    assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
+    assert_eq!(lion.redeem(&token).unwrap().target.identity().name, "tiger");
 }

@@ -41,7 +41,7 @@ fn a_thousand_targets_come_are_looked_at_and_go() {
     }
 
     let listed = broker.admin().targets().unwrap();
-    let names: BTreeSet<_> = listed.iter().map(|target| target.name.as_str()).collect();
+    let names: BTreeSet<_> = listed.iter().map(|target| target.identity.name.as_str()).collect();
     assert_eq!((listed.len(), names.len()), (COUNT, COUNT));
     let mut admin = broker.admin();
     let mut views = Vec::new();

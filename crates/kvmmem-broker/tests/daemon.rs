@@ -182,7 +182,7 @@ fn the_audit_log_tells_who_got_used_and_lost_what() {
         (&used["view"], &used["grant"], &used["name"]),
         (&view.into(), &granted.grant.into(), &"tiger".into())
     );
-    assert_eq!(used["by_uuid"], common::introspector("lion", 7).uuid.to_string());
+    assert_eq!(used["by_uuid"], common::uuid("lion").to_string());
     assert_eq!((&used["caller_pid"], &used["caller_uid"]), (&4711.into(), &1000.into()));
     assert_eq!((&used["caller_comm"], &used["rights"]), (&"scan".into(), &"ro".into()));
     assert_eq!(find("attached", Some("host"))["caller_pid"], pid);

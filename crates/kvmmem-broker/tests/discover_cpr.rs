@@ -190,5 +190,5 @@ fn views_end_where_the_vm_moves_to_other_memory() {
     assert_eq!(link.wait(PATIENCE).unwrap(), Some(HostEvent::Gone));
     wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
     // It is another target now.
-    assert_eq!(add_confirmed(&broker, &new).target.name, "new");
+    assert_eq!(add_confirmed(&broker, &new).target.identity.name, "new");
 }

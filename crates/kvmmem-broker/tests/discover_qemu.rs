@@ -4,7 +4,7 @@
 
 mod common;
 
-use kvmmem_client::admin::{Evidence, NewTarget, Region, Rights};
+use kvmmem_client::admin::{Evidence, NewTarget, Region, Rights, VmIdentity};
 
 use common::qemu::{Qemu, add_confirmed, refusal, wait_long};
 use common::{PATIENCE, TestBroker, Tool, request, wait_for};
@@ -39,7 +39,8 @@ fn layouts_by_qemu_and_by_confirmed_rules_are_the_same() {
         let NewTarget { target, regions, evidence, copied } = add_confirmed(&broker, &qemu);
         assert_eq!(copied, None);
         assert_eq!((evidence, &regions), (Evidence::RulesAndAcpi, &expected), "{machine} {size}");
-        assert_eq!((target.name.as_str(), target.pid, target.vcpus), ("vm", qemu.process.id(), 1));
+        let VmIdentity { name, vcpus, .. } = &target.identity;
+        assert_eq!((name.as_str(), target.pid, *vcpus), ("vm", qemu.process.id(), 1));
         broker.admin().remove_target("vm").unwrap();
         let added = broker.admin().add_target(&qemu.socket(), Some("other name")).unwrap();
         assert_eq!(
@@ -47,7 +48,7 @@ fn layouts_by_qemu_and_by_confirmed_rules_are_the_same() {
             (Evidence::Qmp, &expected),
             "{machine} {size}"
         );
-        assert_eq!(added.target.name, "other name");
+        assert_eq!(added.target.identity.name, "other name");
         let message = refusal(&broker, &qemu.pid());
         assert!(message.contains("registered already, as \"other name\""), "{message}");
         drop(qemu);
@@ -209,9 +210,10 @@ fn memory_that_is_plugged_in_makes_the_vm_another_target() {
     monitor.execute("stop", json!({}));
     assert_eq!(event_but_resets(&mut link), Some(HostEvent::Gone));
     let grown = || {
-        broker.admin().targets().unwrap().first().map(|target| (target.uuid, target.memory_bytes))
+        let targets = broker.admin().targets().unwrap();
+        targets.first().map(|vm| (vm.identity.uuid, vm.memory_bytes))
     };
-    let expected = (added.target.uuid, added.target.memory_bytes + (128 << 20));
+    let expected = (added.target.identity.uuid, added.target.memory_bytes + (128 << 20));
     wait_for("the VM to be a target again", || grown() == Some(expected));
     let (_link, view) = attach(&broker, "growable");
     assert_eq!(

@@ -11,7 +11,7 @@ use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{Change, Region, Rights, Token, VmmLink};
 use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, introspector, ram, regions, request, target, wait_for};
+use common::{TestBroker, ram, regions, request, target, uuid, wait_for};
 use kvmmem::host::{HostEvent, HostLink};
 use kvmmem_broker::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -33,7 +33,7 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     let spans = Some(vec![Span { gpa: 0x10_1000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 3, ..request(Rights::ReadOnly) });
     let (link, view) = attach(&broker, &granted.token);
-    assert_eq!(view.uuid, target("tiger").uuid);
+    assert_eq!(view.identity.uuid, uuid("tiger"));
     assert_eq!(view.rights, Rights::ReadOnly);
     assert_eq!(view.regions, [Region { gpa: 0x10_1000, len: 0x1000, offset: 0x10_1000, file: 0 }]);
     let mut bytes = [0; 7];
@@ -72,7 +72,7 @@ fn a_token_that_is_not_a_process_s_is_refused() {
         other => panic!("{other:?}"),
     };
     assert_eq!(refused(&Token::new([1, 2, 3, 4])), Refusal::Unknown);
-    let holder = Some(introspector("lion", 7).uuid);
+    let holder = Some(uuid("lion"));
     let held = broker.grant(&GrantRequest { holder, ..request(Rights::ReadOnly) });
     assert_eq!(refused(&held.token), Refusal::Unknown);
     let nowhere = HostLink::attach(&broker.directory.path().join("none"), &held.token, true);

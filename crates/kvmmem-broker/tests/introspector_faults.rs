@@ -373,7 +373,7 @@ fn an_introspector_that_is_removed_can_be_added_again() {
     assert!(opened.ended() && pair.qemu.is_empty());
     assert!(pair.broker.service.introspector(CID).is_none());
     let targets = pair.broker.admin().targets().unwrap();
-    assert_eq!(targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>(), ["tiger"]);
+    assert_eq!(targets.into_iter().map(|vm| vm.identity.name).collect::<Vec<_>>(), ["tiger"]);
     assert!(pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
     // Its connection is closed by then, or soon, and a QEMU serves one.
     wait_for("it to be added again", || add(&pair.broker, &pair.qemu).is_ok());

@@ -56,8 +56,9 @@ impl Pair {
         broker.service.set_guest_port(None);
         let qemu = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"])?;
         let added = add(&broker, &qemu, on_silence).unwrap();
-        assert!(added.places > 20 && added.target.introspector && added.target.cid == Some(CID));
-        assert_eq!((added.target.name.as_str(), added.target.pid), ("watcher", qemu.process.id()));
+        let vm = &added.target.identity;
+        assert!(added.places > 20 && vm.introspector && vm.cid == Some(CID));
+        assert_eq!((vm.name.as_str(), added.target.pid), ("watcher", qemu.process.id()));
         let introspector = broker.service.introspector(CID).unwrap();
         let target = Some(target(&broker));
         let monitor = Arc::new(Mutex::new(qemu.monitor()));

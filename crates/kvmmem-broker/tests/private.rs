@@ -15,7 +15,7 @@ use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
 use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{TestBroker, Tool, caller, introspector, memfd, request, target, wait_for};
+use common::{TestBroker, Tool, caller, memfd, request, target, uuid, wait_for};
 use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
@@ -246,7 +246,7 @@ fn a_vmm_is_refused_and_the_token_keeps_its_uses() {
     assert_eq!(lion.redeem(&granted.token).unwrap_err(), RedeemError::Private);
     assert_eq!(broker.grants()[0].uses_left, 1);
     assert!(RedeemError::Private.to_string().contains("memory-backend-memfd"));
-    let holder = Some(introspector("lion", 7).uuid);
+    let holder = Some(uuid("lion"));
     match broker.admin().grant(&GrantRequest { holder, ..request(Rights::ReadOnly) }) {
         Err(ClientError::Refused { refusal: Refusal::Invalid, message }) => {
             assert!(message.contains("private") && message.contains("share=on"), "{message}");

@@ -14,7 +14,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{TestBroker, Tool, introspector, may_open, ram, request, target, wait_for};
+use common::{TestBroker, Tool, introspector, may_open, ram, request, target, uuid, wait_for};
 use kvmmem_abi::errno::KvmError;
 
 /// A connection of a VMM that sends any call, and reads nothing that it is not asked to.
@@ -73,7 +73,7 @@ fn a_vmm_hooks_nothing_and_lists_nobody() {
 fn a_name_that_reads_as_a_uuid_is_refused_and_the_remedy_named() {
     let broker = TestBroker::start();
     let bank = broker.target("bank");
-    let uuid = target("bank").uuid;
+    let uuid = uuid("bank");
     let names = [
         uuid.to_string(),
         uuid.to_string().to_uppercase(),
@@ -82,7 +82,8 @@ fn a_name_that_reads_as_a_uuid_is_refused_and_the_remedy_named() {
         uuid.urn().to_string(),
     ];
     for name in names {
-        let named = Registration { name: name.clone(), ..target("other") };
+        let mut named = target("other");
+        named.identity.name.clone_from(&name);
         let message = match VmmLink::connect(&broker.path, named, Some(ram())) {
             Err(ClientError::Refused { refusal: Refusal::Invalid, message }) => message,
             other => panic!("{name}: {other:?}"),
@@ -100,7 +101,7 @@ fn a_token_that_cannot_be_pushed_stays_its_holder_s() {
     let broker = TestBroker::start();
     let deaf = Vmm::register(&broker, introspector("deaf", 7), None);
     let puma = broker.introspector("puma", 8);
-    let uuid = introspector("deaf", 7).uuid;
+    let uuid = uuid("deaf");
     // More packets than a socket queues.
     let targets: Vec<VmmLink> =
         (0..16).map(|number| broker.target(&format!("target-{number}"))).collect();
@@ -178,8 +179,8 @@ fn every_vm_that_registers_is_in_the_audit_log() {
     // As after a start of the broker, when all VMMs connect at once.
     let vmms: Vec<Vmm> = (0..COUNT)
         .map(|number| {
-            let named =
-                Registration { name: format!("vm-{number}"), ..target(&format!("{number}")) };
+            let mut named = target(&format!("{number}"));
+            named.identity.name = format!("vm-{number}");
             Vmm::register(&broker, named, Some(ram()))
         })
         .collect();

@@ -19,7 +19,7 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     let Some(watcher) = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"]) else {
         return;
     };
-    let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.uuid;
+    let uuid = broker.admin().add_target(&target.socket(), None).unwrap().target.identity.uuid;
     let request = IntrospectorRequest {
         which: watcher.socket(),
         cid: Some(77),
@@ -34,10 +34,13 @@ fn the_next_broker_has_the_vms_under_qemu_again() {
     broker.service.remember_in(&state).unwrap();
     wait_long("both to be there again", || broker.admin().targets().unwrap().len() == 2);
     let mut targets = broker.admin().targets().unwrap();
-    targets.sort_by(|one, other| one.name.cmp(&other.name));
-    let seen: Vec<_> =
-        targets.iter().map(|vm| (vm.name.as_str(), vm.uuid, vm.introspector, vm.cid)).collect();
-    assert_eq!(seen, [("lion", lion.uuid, true, Some(77)), ("tiger", uuid, false, None)]);
+    targets.sort_by(|one, other| one.identity.name.cmp(&other.identity.name));
+    let vms = targets.into_iter().map(|target| target.identity);
+    let seen: Vec<_> = vms.map(|vm| (vm.name, vm.uuid, vm.introspector, vm.cid)).collect();
+    assert_eq!(
+        seen,
+        [("lion".into(), lion.identity.uuid, true, Some(77)), ("tiger".into(), uuid, false, None)]
+    );
     // It is registered first.
     wait_long("the introspector", || broker.service.introspector(77).is_some());
     // Both are watched again.

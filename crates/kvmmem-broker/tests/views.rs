@@ -11,7 +11,7 @@ use kvmmem_client::admin::{GrantRequest, GrantState, KvmiPolicy, Origin, Span};
 use kvmmem_client::vmm::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
 use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, caller, introspector, ram, regions, request, target, wait_for};
+use common::{TestBroker, caller, ram, regions, request, target, uuid, wait_for};
 use kvmmem_abi::errno::KvmError;
 
 const NO_PAUSE: Duration = Duration::ZERO;
@@ -28,7 +28,7 @@ fn an_operator_s_grant_opens_as_many_views_as_it_says() {
 
     let first = views.open(&lion, &granted.token).unwrap();
     assert_eq!(
-        (first.grant, first.target.name(), first.scope.rights),
+        (first.grant, &*first.target.identity().name, first.scope.rights),
         (granted.grant, "tiger", Rights::ReadWrite)
     );
     let reached = first.scope.regions(first.target.map());
@@ -46,13 +46,10 @@ fn an_operator_s_grant_opens_as_many_views_as_it_says() {
     assert_eq!((listed.id, listed.target.as_str(), listed.uses_left), (granted.grant, "tiger", 0));
     assert_eq!((listed.state, listed.origin), (GrantState::Spent, Origin::Operator));
     assert_eq!(listed.label.as_deref(), Some("nightly scan"));
-    assert_eq!(listed.target_uuid, target("tiger").uuid);
+    assert_eq!(listed.target_uuid, uuid("tiger"));
     assert_eq!(listed.views.len(), 2);
     let view = &listed.views[0];
-    assert_eq!(
-        (view.id, view.by.as_str(), view.by_uuid),
-        (first.view, "lion", Some(introspector("lion", 7).uuid))
-    );
+    assert_eq!((view.id, view.by.as_str(), view.by_uuid), (first.view, "lion", Some(uuid("lion"))));
     assert_eq!((view.pid, view.uid, view.comm.as_str()), (4711, 1000, "scan"));
     assert_eq!(view.counters, ViewCounters { seeks: 3, refused_writes: 4 });
 
@@ -72,7 +69,7 @@ fn only_the_holder_may_use_a_grant_that_has_one() {
     let tiger = broker.target("tiger");
     let puma = broker.introspector("puma", 8);
     // The holder is not there yet.
-    let holder = Some(introspector("lion", 7).uuid);
+    let holder = Some(uuid("lion"));
     let granted = broker.grant(&GrantRequest { holder, ..request(Rights::ReadOnly) });
     assert_eq!(puma.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Unknown);
     assert_eq!(puma.redeem(&granted.token).unwrap_err(), RedeemError::Unknown);
@@ -113,7 +110,7 @@ fn a_request_that_breaks_a_rule_is_refused_by_name() {
         (&|asked| asked.uses = 0, "at least one use"),
         (&|asked| asked.label = Some("x".repeat(65)), "64 bytes"),
         (&|asked| asked.label = Some("a\u{1b}[2J".into()), "control"),
-        (&|asked| asked.holder = Some(target("tiger").uuid), "own memory"),
+        (&|asked| asked.holder = Some(uuid("tiger")), "own memory"),
     ];
     for (change, words) in cases {
         let (refusal, message) = refused(change);
@@ -271,7 +268,7 @@ fn revoking_a_pushed_token_voids_it_where_it_was_pushed() {
     let vm = broker.state.number("tiger").unwrap();
     let token = broker.mint(vm, 7).unwrap();
     let listed = &broker.grants()[0];
-    assert_eq!((listed.origin, listed.holder), (Origin::Kvmi, Some(introspector("lion", 7).uuid)));
+    assert_eq!((listed.origin, listed.holder), (Origin::Kvmi, Some(uuid("lion"))));
     assert_eq!(broker.admin().revoke(listed.id).unwrap().unconfirmed, 0);
     assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
 }
@@ -280,10 +277,10 @@ fn revoking_a_pushed_token_voids_it_where_it_was_pushed() {
 fn kvmi_makes_what_the_policy_says() {
     let broker = TestBroker::start();
     let mut admin = broker.admin();
-    let uuid = target("tiger").uuid.to_string();
+    let tigers = uuid("tiger").to_string();
     // Before the VM is there, by its UUID.
-    assert_eq!(admin.policy(&uuid, None).unwrap(), KvmiPolicy::ReadWrite);
-    assert_eq!(admin.policy(&uuid, Some(KvmiPolicy::None)).unwrap(), KvmiPolicy::None);
+    assert_eq!(admin.policy(&tigers, None).unwrap(), KvmiPolicy::ReadWrite);
+    assert_eq!(admin.policy(&tigers, Some(KvmiPolicy::None)).unwrap(), KvmiPolicy::None);
     let unknown = admin.policy("tiger", None);
     assert!(
         matches!(unknown, Err(ClientError::Refused { refusal: Refusal::Unknown, .. })),
@@ -307,10 +304,7 @@ fn kvmi_makes_what_the_policy_says() {
     assert_eq!(admin.policy("tiger", None).unwrap(), KvmiPolicy::ReadOnly);
     broker.state.set_kvmi_tokens(KvmiPolicy::None);
     assert_eq!(admin.policy("tiger", None).unwrap(), KvmiPolicy::ReadOnly);
-    assert_eq!(
-        admin.policy(&introspector("lion", 7).uuid.to_string(), None).unwrap(),
-        KvmiPolicy::None
-    );
+    assert_eq!(admin.policy(&uuid("lion").to_string(), None).unwrap(), KvmiPolicy::None);
 }
 
 #[test]
@@ -377,7 +371,7 @@ fn a_broker_that_goes_ends_all_views() {
 fn a_vm_gets_no_view_of_itself_nor_without_a_right() {
     let broker = TestBroker::start();
     let mut both = target("tiger");
-    both.introspector = true;
+    both.identity.introspector = true;
     let tiger = VmmLink::connect(&broker.path, both, Some(ram())).unwrap();
     let granted = broker.grant(&request(Rights::ReadOnly));
     assert_eq!(tiger.attach(&granted.token, &caller(), true).unwrap_err(), RedeemError::Denied);

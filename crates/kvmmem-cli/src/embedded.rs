@@ -107,7 +107,8 @@ impl Embedded {
         let added = added
             .context("no way to look at it")?
             .with_context(|| format!("cannot look at {target}"))?;
-        Ok(Self { admin, target: added.target.uuid, socket, no_monitor, _directory: directory })
+        let target = added.target.identity.uuid;
+        Ok(Self { admin, target, socket, no_monitor, _directory: directory })
     }
 }
 

@@ -103,7 +103,7 @@ fn list(broker: &Broker, output: &mut Output) -> Result<()> {
         for target in &targets {
             for hook in &target.hooks {
                 let (endpoint, connected) = (&hook.endpoint, hook.connected);
-                output.object(&HookLine { target: &target.name, endpoint, connected })?;
+                output.object(&HookLine { target: &target.identity.name, endpoint, connected })?;
             }
         }
     } else if targets.iter().all(|target| target.hooks.is_empty()) {
@@ -119,7 +119,7 @@ fn lines(targets: &[TargetInfo]) -> Vec<String> {
     let header = ["TARGET", "ENDPOINT", "STATE"].map(str::to_owned);
     let row = |target: &TargetInfo, endpoint: &Endpoint, connected| {
         let state = if connected { "connected" } else { "waiting for the tool" };
-        [escape(&target.name), endpoint.to_string(), state.to_owned()]
+        [escape(&target.identity.name), endpoint.to_string(), state.to_owned()]
     };
     let rows = targets.iter().flat_map(|target| {
         target.hooks.iter().map(move |hook| row(target, &hook.endpoint, hook.connected))

@@ -43,7 +43,7 @@ fn discover_vms(broker: &Broker, output: &mut Output) -> Result<()> {
     let known =
         broker.connect().ok().and_then(|mut broker| broker.targets().ok()).unwrap_or_default();
     let is_known = |found: &HostVm| {
-        known.iter().any(|target| target.introspectable && target.pid == found.pid)
+        known.iter().any(|target| target.identity.introspectable && target.pid == found.pid)
     };
     if output.is_json() {
         for found in &found {

@@ -136,7 +136,7 @@ impl Introspector {
 fn list(broker: &Broker, output: &mut Output) -> Result<()> {
     let mut admin = broker.connect()?;
     let mut vms = admin.targets().context("cannot list the introspectors")?;
-    vms.retain(|vm| vm.introspector);
+    vms.retain(|vm| vm.identity.introspector);
     if vms.is_empty() && !output.is_json() {
         return Ok(output.line(
             "there are no introspectors: kvmmem introspector add makes one of a running VM",
@@ -165,7 +165,8 @@ fn list(broker: &Broker, output: &mut Output) -> Result<()> {
 }
 
 fn slots(admin: &mut Admin, vm: &TargetInfo) -> Option<Slots> {
-    let FreeSlots { free, count, retired } = admin.free_slots(&vm.uuid.to_string()).ok()?;
+    let FreeSlots { free, count, retired } =
+        admin.free_slots(&vm.identity.uuid.to_string()).ok()?;
     Some(Slots { free, count, retired })
 }
 
@@ -198,11 +199,11 @@ impl Add {
 /// What was added, and what it cannot do.
 fn lines(added: &NewIntrospector) -> Vec<String> {
     let NewIntrospector { target, places, has_offset } = added;
-    let cid = target.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
+    let cid = target.identity.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
     let mut lines = vec![format!(
         "{} ({}) is an introspector; context id {cid}",
-        escape(&target.name),
-        target.uuid
+        escape(&target.identity.name),
+        target.identity.uuid
     )];
     lines.push(match places {
         0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with"
@@ -238,7 +239,6 @@ impl Remove {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use uuid::Uuid;
 
     use super::*;
 
@@ -272,19 +272,7 @@ mod tests {
 
     #[test]
     fn what_it_lacks_is_said() {
-        let target = TargetInfo {
-            id: 1,
-            name: "lion\x1b".to_owned(),
-            uuid: Uuid::nil(),
-            vcpus: 2,
-            start_time_ms: 0,
-            cid: Some(7),
-            introspectable: false,
-            introspector: true,
-            memory_bytes: 0,
-            pid: 77,
-            hooks: Vec::new(),
-        };
+        let target = TargetInfo { memory_bytes: 0, ..crate::registered::example("lion\x1b") };
         let mut added = NewIntrospector { target, places: 2, has_offset: true };
         assert_eq!(
             lines(&added),

@@ -34,11 +34,11 @@ pub(crate) fn lines_with(
 fn row(vm: &TargetInfo) -> [String; 6] {
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     [
-        escape(&vm.name),
-        vm.uuid.to_string(),
-        vm.vcpus.to_string(),
+        escape(&vm.identity.name),
+        vm.identity.uuid.to_string(),
+        vm.identity.vcpus.to_string(),
         or_none((vm.memory_bytes > 0).then(|| mebibytes(vm.memory_bytes))),
-        or_none(vm.cid.map(|cid| cid.to_string())),
+        or_none(vm.identity.cid.map(|cid| cid.to_string())),
         vm.pid.to_string(),
     ]
 }
@@ -46,15 +46,12 @@ fn row(vm: &TargetInfo) -> [String; 6] {
 /// A target without hooks, for tests.
 #[cfg(test)]
 pub(crate) fn example(name: &str) -> TargetInfo {
+    use kvmmem_client::admin::VmIdentity;
+
+    let target = VmIdentity::target(name, uuid::Uuid::nil());
     TargetInfo {
         id: 1,
-        name: name.to_owned(),
-        uuid: uuid::Uuid::nil(),
-        vcpus: 2,
-        start_time_ms: 0,
-        cid: Some(3),
-        introspectable: true,
-        introspector: false,
+        identity: VmIdentity { vcpus: 2, cid: Some(3), ..target },
         memory_bytes: 256 << 20,
         pid: 77,
         hooks: Vec::new(),
@@ -67,7 +64,8 @@ mod tests {
 
     #[test]
     fn the_table_is_aligned_and_cannot_drive_the_terminal() {
-        let vms = [example("a\x1b[2Jb"), TargetInfo { memory_bytes: 0, cid: None, ..example("x") }];
+        let mut vms = [example("a\x1b[2Jb"), TargetInfo { memory_bytes: 0, ..example("x") }];
+        vms[1].identity.cid = None;
         assert_eq!(
             lines(&vms),
             [

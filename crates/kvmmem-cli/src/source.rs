@@ -145,7 +145,8 @@ impl Source {
             _ => {
                 let pid = target.pid();
                 let targets = admin.targets().context("cannot list the virtual machines")?;
-                let found = targets.iter().find(|vm| vm.introspectable && Some(vm.pid) == pid);
+                let found =
+                    targets.iter().find(|vm| vm.identity.introspectable && Some(vm.pid) == pid);
                 let add = || match target {
                     TargetName::Qmp(path) => format!("kvmmem target add --qmp {}", quote(path)),
                     TargetName::Libvirt(name) => {
@@ -155,6 +156,7 @@ impl Source {
                 };
                 found
                     .with_context(|| format!("{target} is no target of the broker; {}", add()))?
+                    .identity
                     .uuid
                     .to_string()
             }

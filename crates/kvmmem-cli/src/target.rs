@@ -142,7 +142,7 @@ impl Target {
 
 fn list(broker: &Broker, output: &mut Output) -> Result<()> {
     let mut targets = broker.connect()?.targets().context("cannot list the targets")?;
-    targets.retain(|target| target.introspectable);
+    targets.retain(|target| target.identity.introspectable);
     if output.is_json() {
         targets.iter().try_for_each(|target| output.object(target))?;
     } else if targets.is_empty() {
@@ -177,8 +177,8 @@ impl Add {
         };
         output.line(format!(
             "{} ({}) is a target; RAM {how}:",
-            escape(&target.name),
-            target.uuid
+            escape(&target.identity.name),
+            target.identity.uuid
         ))?;
         for region in regions {
             output.line(format!(

@@ -12,7 +12,7 @@ use kvmmem_proto::message::{Answer, Call, Cursor, Request};
 pub use kvmmem_proto::message::{
     Evidence, GrantInfo, GrantRequest, GrantState, HookInfo, IntrospectorRequest, KvmiPolicy,
     NewGrant, NewIntrospector, NewTarget, OnSilence, Origin, RevokeReport, SegmentRegister,
-    TargetInfo, VcpuRegisters, ViewCounters, ViewInfo, Which,
+    TargetInfo, VcpuRegisters, ViewCounters, ViewInfo, VmIdentity, Which,
 };
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket};
 pub use kvmmem_proto::scope::{Rights, Scope, Span};

@@ -28,7 +28,7 @@ pub use kvmmem_kvmi::token::Token;
 pub use kvmmem_proto::map::Region;
 pub use kvmmem_proto::message::{
     Caller, Change, Registration, SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters,
-    ViewCounters,
+    ViewCounters, VmIdentity,
 };
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
 pub use link::VmmLink;

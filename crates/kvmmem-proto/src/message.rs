@@ -33,6 +33,7 @@ pub use grant::{
 pub use registers::{SegmentRegister, VcpuAnswer, VcpuQuestion, VcpuRegisters};
 pub use vm::{
     HookInfo, IntrospectorRequest, NewIntrospector, NewTarget, OnSilence, Registration, TargetInfo,
+    VmIdentity,
 };
 pub use which::{Evidence, Which};
 

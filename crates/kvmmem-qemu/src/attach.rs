@@ -4,7 +4,8 @@
 use std::os::fd::OwnedFd;
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Evidence, Registration, Which};
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Evidence, VmIdentity, Which};
 use uuid::Uuid;
 
 use super::api;
@@ -24,7 +25,9 @@ use crate::qmp::{Qmp, QmpError};
 #[derive(Debug)]
 pub struct ExternalVm {
     /// What it is registered as.
-    pub registration: Registration,
+    pub identity: VmIdentity,
+    /// Where its RAM is.
+    pub regions: Vec<Region>,
     /// Its RAM.
     pub source: Source,
     /// Why its memory can only be copied, and what helps, where that is so.
@@ -117,7 +120,7 @@ pub fn open(
         Some(qmp) => qmp.vcpus()?,
         None => line.vcpus.unwrap_or(1),
     };
-    let registration = Registration {
+    let identity = VmIdentity {
         name: called.or_else(|| line.name.clone()).unwrap_or_else(|| format!("vm-{pid}")),
         uuid: line
             .uuid
@@ -126,11 +129,9 @@ pub fn open(
             .map_err(AttachError::Random)?,
         vcpus,
         start_time_ms: process.start_time_ms().unwrap_or(0),
-        vcpu_questions: false,
         cid: None,
         introspectable: true,
         introspector: false,
-        regions,
     };
     let credentials = Credentials { pid, uid: process.uid()? };
     // What was read so far belongs to this process, and not to a later one with its number.
@@ -138,7 +139,7 @@ pub fn open(
         return Err(AttachError::Ended(pid));
     }
     let pidfd = process.into_pidfd();
-    Ok(ExternalVm { registration, source, copied, credentials, pidfd, evidence, qmp })
+    Ok(ExternalVm { identity, regions, source, copied, credentials, pidfd, evidence, qmp })
 }
 
 /// The command line of a VMM whose VMs can be attached.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use kvmmem::{Access, Event, Range, View, ViewError};
 use kvmmem_broker::{Broker, Server};
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, Rights, Span};
-use kvmmem_client::vmm::{Region, Registration};
+use kvmmem_client::vmm::{Region, VmIdentity};
 use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};
 use uuid::Uuid;
@@ -44,9 +44,9 @@ impl Host {
         let memory = vec![0; usize::try_from(SECOND + SECOND_LEN + PAGE).unwrap()];
         let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .unwrap();
-        let registration = Registration {
+        let identity = VmIdentity {
             start_time_ms: 1_700_000_000_000,
-            ..Registration::target("target", Uuid::from_bytes([7; 16]), Vec::new())
+            ..VmIdentity::target("target", Uuid::from_bytes([7; 16]))
         };
         let mut host = Self {
             socket,
@@ -57,7 +57,7 @@ impl Host {
             server: Some(server),
             _directory: directory,
         };
-        let registration = Registration { regions: host.regions(), ..registration };
+        let registration = identity.registered(host.regions());
         host.vm = host.broker.register_private(registration, own, std::process::id()).unwrap();
         host
     }

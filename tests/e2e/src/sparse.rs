@@ -2,7 +2,7 @@
 //! A target without a guest: RAM of any size, hardly any of it allocated.
 
 use anyhow::{Context, Result};
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_client::vmm::{Region, VmIdentity, VmmLink};
 use kvmmem_sys::ram::{GuestRam, RamRegion};
 use rustix::fs::fstat;
 use uuid::Uuid;
@@ -21,11 +21,8 @@ impl Sparse {
         let ram = GuestRam::new(bytes)?;
         let region =
             |ram: RamRegion| Region { gpa: ram.gpa, len: ram.len, offset: ram.gpa, file: 0 };
-        let registration = Registration::target(
-            name,
-            Uuid::from_u128(u128::from(bytes)),
-            ram.regions().into_iter().map(region).collect(),
-        );
+        let registration = VmIdentity::target(name, Uuid::from_u128(u128::from(bytes)))
+            .registered(ram.regions().into_iter().map(region).collect());
         let fd = ram.fd().try_clone_to_owned().context("cannot copy the RAM's descriptor")?;
         let link = VmmLink::connect(&world.socket(), registration, Some(fd))
             .with_context(|| format!("cannot register {name}"))?;

@@ -14,6 +14,7 @@ use kvmmem_guest::{Agent, Child, Command as GuestCommand};
 use kvmmem_probe::TargetReport;
 use kvmmem_proto::scope::{Rights, Span};
 use tempfile::TempDir;
+use uuid::Uuid;
 
 use crate::process::Process;
 use crate::qemu::Qemu;
@@ -169,6 +170,17 @@ impl World {
     /// The VMs that the broker knows.
     pub(crate) fn targets(&self) -> Result<Vec<TargetInfo>> {
         self.admin()?.targets().context("the broker lists nothing")
+    }
+
+    /// Whether the broker knows a VM of this name.
+    pub(crate) fn has(&self, name: &str) -> Result<bool> {
+        Ok(self.targets()?.iter().any(|vm| vm.identity.name == name))
+    }
+
+    /// The UUID of the VM of this name.
+    pub(crate) fn uuid(&self, name: &str) -> Result<Uuid> {
+        let vm = self.targets()?.into_iter().find(|vm| vm.identity.name == name);
+        Ok(vm.with_context(|| format!("the broker knows no {name}"))?.identity.uuid)
     }
 
     /// Ends all VMs and starts another broker, after a scenario that left them in an unknown state;

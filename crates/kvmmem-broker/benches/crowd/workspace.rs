@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use kvmmem_client::admin::{Admin, GrantRequest, Rights, Token};
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_client::vmm::{Region, Registration, VmIdentity, VmmLink};
 use kvmmem_proto::client::ClientError;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -106,14 +106,13 @@ impl Workspace {
     pub(crate) fn introspector(&self, name: &str) -> Result<VmmLink> {
         let deadline = Instant::now() + LIMIT;
         loop {
-            let registration = Registration {
+            let lion = VmIdentity {
                 cid: Some(3),
                 introspectable: false,
                 introspector: true,
-                regions: Vec::new(),
-                ..registration(usize::MAX, name)
+                ..registration(usize::MAX, name).identity
             };
-            match VmmLink::connect(&self.socket, registration, None) {
+            match VmmLink::connect(&self.socket, lion.registered(Vec::new()), None) {
                 // The broker has not read yet that the one before has ended.
                 Err(ClientError::Refused { refusal: Refusal::Exists, .. })
                     if Instant::now() < deadline =>
@@ -139,11 +138,8 @@ fn name(number: usize) -> String {
 }
 
 fn registration(number: usize, name: &str) -> Registration {
-    Registration::target(
-        name,
-        Uuid::from_u64_pair(1, number as u64),
-        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    )
+    let region = Region { gpa: 0, len: RAM, offset: 0, file: 0 };
+    VmIdentity::target(name, Uuid::from_u64_pair(1, number as u64)).registered(vec![region])
 }
 
 fn ram() -> Result<OwnedFd> {

@@ -231,11 +231,11 @@ impl<'a> Event<'a> {
         let new = Record::default;
         let record = match *self {
             Self::Registered(vm) => {
-                let registration = vm.registration();
+                let identity = vm.identity();
                 Record {
-                    cid: registration.cid,
-                    introspectable: Some(registration.introspectable),
-                    introspector: Some(registration.introspector),
+                    cid: identity.cid,
+                    introspectable: Some(identity.introspectable),
+                    introspector: Some(identity.introspector),
                     ..new().of(vm).on_host(vm.peer().credentials())
                 }
             }
@@ -274,7 +274,7 @@ impl<'a> Event<'a> {
             | Self::NotMinted { vm, endpoint, reason } => new().of(vm).at(endpoint).because(reason),
             Self::NewToken { vm, endpoint, grant, scope, holder } => Record {
                 grant: Some(grant),
-                holder: holder.map(|holder| holder.registration().uuid),
+                holder: holder.map(|holder| holder.identity().uuid),
                 ..new().of(vm).at(endpoint).allowing(scope)
             },
             Self::Granted { vm, opened, request, by } => Record {

@@ -96,19 +96,14 @@ pub(super) struct Record<'a> {
 impl<'a> Record<'a> {
     /// What happened to this VM.
     pub(super) fn of(self, vm: &'a Vm) -> Self {
-        let registration = vm.registration();
-        Self {
-            vm: Some(vm.id()),
-            name: Some(&registration.name),
-            uuid: Some(registration.uuid),
-            ..self
-        }
+        let identity = vm.identity();
+        Self { vm: Some(vm.id()), name: Some(&identity.name), uuid: Some(identity.uuid), ..self }
     }
 
     /// What this introspector did.
     pub(super) fn by(self, vm: &'a Vm) -> Self {
-        let registration = vm.registration();
-        Self { by: Some(&registration.name), by_uuid: Some(registration.uuid), ..self }
+        let identity = vm.identity();
+        Self { by: Some(&identity.name), by_uuid: Some(identity.uuid), ..self }
     }
 
     /// What a process of the host did.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Change, Refusal, Registration};
+use kvmmem_proto::message::{Answer, Change, Refusal, Registration, VmIdentity};
 
 use super::Broker;
 use crate::audit::Event;
@@ -44,14 +44,14 @@ impl Broker {
     /// Registers a VM for a user, and takes `ram` if it does.
     pub(crate) fn register(
         &self,
-        registration: Registration,
+        identity: VmIdentity,
         ram: &mut Option<Ram>,
         peer: Arc<Peer>,
         by: Credentials,
     ) -> Result<Arc<Vm>, RegisterError> {
-        let registration = Arc::new(registration);
+        let identity = Arc::new(identity);
         let new = NewVm {
-            registration: Arc::clone(&registration),
+            identity: Arc::clone(&identity),
             layout: ram.as_ref().map(Ram::layout),
             peer: peer.number(),
             vmm: peer.credentials(),
@@ -59,7 +59,7 @@ impl Broker {
         };
         let mut tables = self.tables();
         let id = tables.core.register(new)?;
-        let vm = Arc::new(Vm::new(id, registration, ram.take(), peer));
+        let vm = Arc::new(Vm::new(id, identity, ram.take(), peer));
         tables.vms.insert(id, Arc::clone(&vm));
         Ok(vm)
     }
@@ -73,7 +73,7 @@ impl Broker {
         });
         drop(removed);
         vm.hooks().close();
-        if vm.registration().cid.is_some() {
+        if vm.identity().cid.is_some() {
             self.vms().iter().for_each(|target| self.end_hooks(target, vm.id()));
         }
         self.state().forget(vm.id());
@@ -147,18 +147,18 @@ impl Broker {
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
     pub(crate) fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
-        self.find_as(target, |registration| registration.introspectable)
+        self.find_as(target, |vm| vm.introspectable)
     }
 
     /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
     pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
-        self.find_as(name, |registration| registration.introspector)
+        self.find_as(name, |vm| vm.introspector)
     }
 
     fn find_as(
         &self,
         name: &str,
-        is_meant: impl Fn(&Registration) -> bool,
+        is_meant: impl Fn(&VmIdentity) -> bool,
     ) -> Result<Arc<Vm>, Refused> {
         let tables = self.tables();
         let id = tables.core.vms.find(name, is_meant)?.id;
@@ -182,14 +182,15 @@ impl Broker {
     /// Where the registration or the RAM is not acceptable.
     pub fn register_private(
         &self,
-        mut registration: Registration,
+        registration: Registration,
         memory: OwnedFd,
         vmm: u32,
     ) -> Result<u64, Refused> {
-        let ram = Ram::of_process(memory, std::mem::take(&mut registration.regions))?;
+        let Registration { identity, regions, .. } = registration;
+        let ram = Ram::of_process(memory, regions)?;
         let by = Credentials { pid: vmm, uid: rustix::process::geteuid().as_raw() };
         let peer = Arc::new(Peer::unconnected(by));
-        Ok(self.register(registration, &mut Some(ram), peer, by)?.id())
+        Ok(self.register(identity, &mut Some(ram), peer, by)?.id())
     }
 
     /// Moves a VM's RAM to other regions of the same files.

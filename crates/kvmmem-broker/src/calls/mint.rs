@@ -79,7 +79,7 @@ impl Broker {
         let (minted, holder) = minted?;
         if let (Err(failed), Some(peer), Some(holder)) = (sent, &peer, &holder) {
             self.decide(|tables| {
-                tables.core.grants.not_pushed(minted.grant, holder.registration().uuid);
+                tables.core.grants.not_pushed(minted.grant, holder.identity().uuid);
                 if let Some(target) = failed.target {
                     tables.core.not_introduced(peer.number(), target);
                 }

@@ -2,7 +2,7 @@
 //! Introduction of a target to a peer: the target's files go before the first use of its number.
 
 use kvmmem_proto::map::SHARE_IT;
-use kvmmem_proto::message::{Refusal, Registration};
+use kvmmem_proto::message::{Refusal, VmIdentity};
 
 use super::grants::Grants;
 use super::machine::Core;
@@ -49,8 +49,8 @@ impl Core {
 }
 
 /// A VMM cannot map a target's RAM that is private; its token keeps its uses.
-pub(super) fn private(registration: &Registration) -> Refused {
-    let name = &registration.name;
+pub(super) fn private(identity: &VmIdentity) -> Refused {
+    let name = &identity.name;
     let message =
         format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
     Refused::new(Refusal::Unsupported, message)

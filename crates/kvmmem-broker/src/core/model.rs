@@ -16,7 +16,7 @@ use std::time::Instant;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::{MemoryMap, Region};
-use kvmmem_proto::message::{Call, Caller, GrantRequest, Registration, ViewCounters};
+use kvmmem_proto::message::{Call, Caller, GrantRequest, ViewCounters, VmIdentity};
 
 use super::call::{Means, Reply};
 use super::effect::{Effect, Push};
@@ -24,7 +24,7 @@ use super::layout::Layout;
 use super::limits::Limits;
 use super::machine::Core;
 use super::vms::NewVm;
-use crate::test_peer::{grant_request, registration};
+use crate::test_peer::{grant_request, identity};
 
 /// The connection of an operator, which grants and revokes.
 const OPERATOR: u64 = 0;
@@ -127,18 +127,18 @@ impl State {
         let peers = (1..=bounds.peers).map(|peer| (peer, Peer::default())).collect();
         core.peer_joined(OPERATOR, ROOT);
         (1..=bounds.peers).for_each(|peer| core.peer_joined(peer, ROOT));
-        let mut register = |registration: Registration, peer| {
-            let layout = registration.introspectable.then(layout);
-            let registration = Arc::new(registration);
-            core.register(NewVm { registration, layout, peer, vmm: ROOT, by: ROOT }).unwrap()
+        let mut register = |identity: VmIdentity, peer| {
+            let layout = identity.introspectable.then(layout);
+            let identity = Arc::new(identity);
+            core.register(NewVm { identity, layout, peer, vmm: ROOT, by: ROOT }).unwrap()
         };
-        let target = |number: u64| Registration {
+        let target = |number: u64| VmIdentity {
             introspectable: true,
-            ..registration(&format!("target-{number}"))
+            ..identity(&format!("target-{number}"))
         };
         let targets =
             (1..=bounds.targets).map(|number| register(target(number), TARGETS)).collect();
-        let lion = Registration { introspector: true, ..registration("lion") };
+        let lion = VmIdentity { introspector: true, ..identity("lion") };
         let introspector = register(lion, VMM);
         let (revoking, confirmed) = (BTreeMap::new(), BTreeSet::new());
         Self { core, peers, targets, introspector, granted: 0, revoking, revoked: 0, confirmed }

@@ -68,8 +68,8 @@ impl Peer {
             return Err(NotIntroduced::Unread);
         }
         self.known.insert(target.id);
-        let registration = Arc::clone(&target.registration);
-        let push = Push::Target { target: target.id, registration, layout };
+        let identity = Arc::clone(&target.identity);
+        let push = Push::Target { target: target.id, identity, layout };
         Ok(Some(Effect::Push { peer: number, push }))
     }
 

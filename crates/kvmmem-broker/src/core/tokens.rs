@@ -52,7 +52,7 @@ pub(crate) struct NewToken {
 impl Core {
     /// The connection of the registered introspector that a tool in this VM is in.
     pub(crate) fn holder_of(&self, tool: u64) -> Option<u64> {
-        self.vms.get(tool).filter(|vm| vm.registration.introspector).map(|vm| vm.peer)
+        self.vms.get(tool).filter(|vm| vm.identity.introspector).map(|vm| vm.peer)
     }
 
     /// Makes a token for a target whose tool is in VM `tool`, or on the host. Where that VM is a
@@ -71,12 +71,12 @@ impl Core {
         may_get_files: bool,
     ) -> Result<NewToken, KvmError> {
         let vm = self.vms.get(target).ok_or(KvmError::OpNotSupp)?;
-        let (uuid, by) = (vm.registration.uuid, vm.vmm);
+        let (uuid, by) = (vm.identity.uuid, vm.vmm);
         let scope = self.policies.of(uuid).scope().ok_or(KvmError::Perm)?;
         // Not by the context id, which may be another VM's by now.
         let tool = tool.map(|tool| self.vms.get(tool).ok_or(KvmError::Perm)).transpose()?;
-        let holder = tool.filter(|vm| vm.registration.introspector);
-        let holder = holder.map(|vm| (vm.id, vm.peer, vm.registration.uuid));
+        let holder = tool.filter(|vm| vm.identity.introspector);
+        let holder = holder.map(|vm| (vm.id, vm.peer, vm.identity.uuid));
         if holder.is_some_and(|(vm, ..)| vm == target) {
             return Err(KvmError::Perm);
         }
@@ -138,9 +138,9 @@ impl Core {
     /// A page of the grants behind `after`.
     pub(crate) fn list_grants(&mut self, now: Instant, after: Cursor) -> Answer {
         let (vms, peers) = (&self.vms, &self.peers);
-        let uuid = |vm| vms.get(vm).map(|vm| vm.registration.uuid);
+        let uuid = |vm| vms.get(vm).map(|vm| vm.identity.uuid);
         let names = |target, holder| {
-            let target = &vms.get(target)?.registration;
+            let target = &vms.get(target)?.identity;
             let holder = match holder {
                 Holder::Anybody => None,
                 Holder::Vm(uuid) => Some(uuid),
@@ -169,7 +169,7 @@ impl Core {
         let (target, _) = self.grants.target(now, token, by).map_err(Refused::from)?;
         let vm = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
-            return Err(private(&vm.registration).into());
+            return Err(private(&vm.identity).into());
         }
         self.introducing(who, target, may_get_files, |grants| {
             grants.redeem(now, token, by).map_err(Refused::from)
@@ -199,7 +199,7 @@ impl Core {
         set: Option<KvmiPolicy>,
     ) -> Result<(Uuid, KvmiPolicy), Refused> {
         let uuid = match self.vms.target(target) {
-            Ok(vm) => vm.registration.uuid,
+            Ok(vm) => vm.identity.uuid,
             Err(refused) => {
                 let uuid = Uuid::parse_str(target).ok().filter(|uuid| !uuid.is_nil());
                 uuid.ok_or_else(|| {
@@ -221,11 +221,9 @@ impl Core {
 
 /// Checks an operator's request.
 fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, RequestError> {
-    let registration = &vm.registration;
-    let layout = vm
-        .layout
-        .as_ref()
-        .ok_or_else(|| RequestError::NotIntrospectable(registration.name.clone()))?;
+    let identity = &vm.identity;
+    let layout =
+        vm.layout.as_ref().ok_or_else(|| RequestError::NotIntrospectable(identity.name.clone()))?;
     let lifetime = Duration::from_millis(request.ttl_ms);
     if lifetime.is_zero() || lifetime > GrantRequest::MAX_TTL {
         return Err(RequestError::Ttl(request.ttl_ms));
@@ -236,11 +234,11 @@ fn terms(vm: &Vm, request: &GrantRequest, by: Credentials) -> Result<Terms, Requ
     if request.label.as_deref().is_some_and(|label| !GrantRequest::is_label(label)) {
         return Err(RequestError::Label);
     }
-    if request.holder == Some(registration.uuid) {
+    if request.holder == Some(identity.uuid) {
         return Err(RequestError::Holder);
     }
     if request.holder.is_some() && layout.is_private {
-        return Err(RequestError::Private(registration.name.clone()));
+        return Err(RequestError::Private(identity.name.clone()));
     }
     let scope = Scope { rights: request.rights, spans: request.spans.clone() };
     scope.check(&layout.map).map_err(RequestError::Scope)?;

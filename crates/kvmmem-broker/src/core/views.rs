@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::{Caller, Refusal, Registration, ViewCounters};
+use kvmmem_proto::message::{Caller, Refusal, ViewCounters, VmIdentity};
 use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Rights, Span};
 
@@ -38,7 +38,7 @@ pub(crate) struct NewView {
     pub(crate) opened: Access,
     /// The process that asked, as far as it is known.
     pub(crate) caller: Caller,
-    pub(crate) registration: Arc<Registration>,
+    pub(crate) identity: Arc<VmIdentity>,
     pub(crate) layout: Arc<Layout>,
     /// Whether it made a viewer of the peer.
     is_first: bool,
@@ -65,15 +65,15 @@ impl Core {
         let (target, scope) = self.grants.target(now, token, by).map_err(Refused::from)?;
         let target = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
         let layout = target.layout.as_ref().ok_or_else(|| Refused::from(UseError::Unknown))?;
-        let (registration, layout) = (Arc::clone(&target.registration), Arc::clone(layout));
+        let (identity, layout) = (Arc::clone(&target.identity), Arc::clone(layout));
         if by.vm.is_some() && layout.is_private {
-            return Err(private(&registration).into());
+            return Err(private(&identity).into());
         }
         let reached = scope.check_reaches(reaching, &layout.map);
         reached.map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
         let target = target.id;
         let name = match by.vm.and_then(|vm| self.vms.get(vm)) {
-            Some(vm) => vm.registration.name.clone(),
+            Some(vm) => vm.identity.name.clone(),
             None => HOST.to_owned(),
         };
         let mut is_first = false;
@@ -91,7 +91,7 @@ impl Core {
             }
             attached
         };
-        Ok(NewView { view, opened, caller, registration, layout, is_first })
+        Ok(NewView { view, opened, caller, identity, layout, is_first })
     }
 
     /// The target that a token would open for a peer, and with which rights. No use is taken.
@@ -184,10 +184,10 @@ impl Core {
         let Some(vm) = self.peers.get(&who).and_then(|peer| peer.vm) else {
             return Ok(User { peer: who, vm: None, uuid: None });
         };
-        let introspector = self.vms.get(vm).filter(|vm| vm.registration.introspector);
+        let introspector = self.vms.get(vm).filter(|vm| vm.identity.introspector);
         let introspector = introspector.ok_or_else(|| {
             Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
         })?;
-        Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.registration.uuid) })
+        Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.identity.uuid) })
     }
 }

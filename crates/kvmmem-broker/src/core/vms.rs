@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Refusal, Registration};
+use kvmmem_proto::message::{Refusal, VmIdentity};
 use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
@@ -26,7 +26,7 @@ const MAX_SHOWN: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct Vm {
     pub(crate) id: u64,
-    pub(crate) registration: Arc<Registration>,
+    pub(crate) identity: Arc<VmIdentity>,
     /// Where its RAM is; `None` where others may not look at it.
     pub(crate) layout: Option<Arc<Layout>>,
     /// The connection of its VMM.
@@ -40,7 +40,7 @@ pub(crate) struct Vm {
 /// What a VM is registered with.
 #[derive(Debug)]
 pub(crate) struct NewVm {
-    pub(crate) registration: Arc<Registration>,
+    pub(crate) identity: Arc<VmIdentity>,
     pub(crate) layout: Option<Arc<Layout>>,
     pub(crate) peer: u64,
     pub(crate) vmm: Credentials,
@@ -114,27 +114,27 @@ impl Vms {
 
     /// Registers a VM; returns its number.
     pub(super) fn insert(&mut self, new: NewVm) -> Result<u64, RegisterError> {
-        let NewVm { registration, layout, peer, vmm, by } = new;
-        check(&registration)?;
+        let NewVm { identity, layout, peer, vmm, by } = new;
+        check(&identity)?;
         for vm in self.vms.values() {
-            let other = &vm.registration;
-            if other.name == registration.name {
-                return Err(RegisterError::NameTaken(registration.name.clone()));
+            let other = &vm.identity;
+            if other.name == identity.name {
+                return Err(RegisterError::NameTaken(identity.name.clone()));
             }
-            if other.uuid == registration.uuid && !is_other_role(vm, &registration, vmm) {
-                return Err(RegisterError::UuidTaken(registration.uuid));
+            if other.uuid == identity.uuid && !is_other_role(vm, &identity, vmm) {
+                return Err(RegisterError::UuidTaken(identity.uuid));
             }
-            if let Some(cid) = registration.cid.filter(|cid| other.cid == Some(*cid)) {
+            if let Some(cid) = identity.cid.filter(|cid| other.cid == Some(*cid)) {
                 return Err(RegisterError::CidTaken(cid));
             }
         }
-        if registration.introspectable != layout.is_some() {
+        if identity.introspectable != layout.is_some() {
             return Err(RegisterError::NoRam);
         }
         self.quota.take(by).map_err(RegisterError::Full)?;
         self.last += 1;
         let id = self.last;
-        self.vms.insert(id, Vm { id, registration, layout, peer, vmm, owner: by.uid });
+        self.vms.insert(id, Vm { id, identity, layout, peer, vmm, owner: by.uid });
         Ok(id)
     }
 
@@ -157,25 +157,25 @@ impl Vms {
     pub(crate) fn find(
         &self,
         name_or_uuid: &str,
-        is_meant: impl Fn(&Registration) -> bool,
+        is_meant: impl Fn(&VmIdentity) -> bool,
     ) -> Result<&Vm, Refused> {
         let uuid = Uuid::parse_str(name_or_uuid).ok();
         let is_it = |vm: &&Vm| match uuid {
-            Some(uuid) => vm.registration.uuid == uuid,
-            None => vm.registration.name == name_or_uuid,
+            Some(uuid) => vm.identity.uuid == uuid,
+            None => vm.identity.name == name_or_uuid,
         };
-        let found = self.vms.values().filter(is_it).max_by_key(|vm| is_meant(&vm.registration));
+        let found = self.vms.values().filter(is_it).max_by_key(|vm| is_meant(&vm.identity));
         found.ok_or_else(|| unknown(name_or_uuid))
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
     pub(crate) fn target(&self, name_or_uuid: &str) -> Result<&Vm, Refused> {
-        self.find(name_or_uuid, |registration| registration.introspectable)
+        self.find(name_or_uuid, |vm| vm.introspectable)
     }
 
     /// The VM that has a vsock context id.
     pub(crate) fn with_cid(&self, cid: u32) -> Option<&Vm> {
-        self.vms.values().find(|vm| vm.registration.cid == Some(cid))
+        self.vms.values().find(|vm| vm.identity.cid == Some(cid))
     }
 
     /// All VMs whose number is above `after`, by ascending number.
@@ -201,20 +201,18 @@ fn unknown(name: &str) -> Refused {
 
 /// Whether a VM and the one to be registered are one, which is looked at as the one and looks as
 /// the other: under a stock QEMU each is added by itself.
-fn is_other_role(vm: &Vm, registration: &Registration, vmm: Credentials) -> bool {
-    let other = &vm.registration;
-    let roles = |one: &Registration, two: &Registration| {
+fn is_other_role(vm: &Vm, identity: &VmIdentity, vmm: Credentials) -> bool {
+    let other = &vm.identity;
+    let roles = |one: &VmIdentity, two: &VmIdentity| {
         (one.introspectable, one.introspector, two.introspectable, two.introspector)
             == (true, false, false, true)
     };
     // A process outside of this pid namespace has no number here, and may be any.
-    vmm.pid == vm.vmm.pid
-        && vmm.pid != 0
-        && (roles(other, registration) || roles(registration, other))
+    vmm.pid == vm.vmm.pid && vmm.pid != 0 && (roles(other, identity) || roles(identity, other))
 }
 
-fn check(registration: &Registration) -> Result<(), RegisterError> {
-    let name = &registration.name;
+fn check(identity: &VmIdentity) -> Result<(), RegisterError> {
+    let name = &identity.name;
     if !is_name(name) {
         return Err(RegisterError::Name);
     }
@@ -222,13 +220,13 @@ fn check(registration: &Registration) -> Result<(), RegisterError> {
     if Uuid::parse_str(name).is_ok() {
         return Err(RegisterError::NameIsUuid(name.clone()));
     }
-    if registration.uuid.is_nil() {
+    if identity.uuid.is_nil() {
         return Err(RegisterError::Uuid);
     }
-    if !(1..=MAX_VCPUS).contains(&registration.vcpus) {
-        return Err(RegisterError::Vcpus(registration.vcpus));
+    if !(1..=MAX_VCPUS).contains(&identity.vcpus) {
+        return Err(RegisterError::Vcpus(identity.vcpus));
     }
-    match registration.cid {
+    match identity.cid {
         Some(cid) if cid < FIRST_CID || cid == u32::MAX => Err(RegisterError::Cid(cid)),
         _ => Ok(()),
     }

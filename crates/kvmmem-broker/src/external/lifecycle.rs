@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Change, Registration};
+use kvmmem_proto::message::Change;
 use kvmmem_qemu::attach::{self, AttachError, ExternalVm, Memory};
 use kvmmem_qemu::backing::{Ram, Source};
 use kvmmem_qemu::file_id::FileId;
@@ -177,9 +177,8 @@ fn open_again(vm: &Vm, qmp: &mut Qmp) -> Result<ExternalVm, AttachError> {
     let line = attach::command_line(&process)?;
     let Memory { ram: Ram { regions, source }, copied, evidence } =
         attach::look(&process, &line, Some(qmp))?;
-    let registration = Registration { regions, ..vm.registration().clone() };
-    let pidfd = process.into_pidfd();
-    Ok(ExternalVm { registration, source, copied, credentials, pidfd, evidence, qmp: None })
+    let (identity, pidfd) = (vm.identity().clone(), process.into_pidfd());
+    Ok(ExternalVm { identity, regions, source, copied, credentials, pidfd, evidence, qmp: None })
 }
 
 /// Connects to the monitor of a VM's QEMU: where it was, or where the process says that it is by
@@ -236,7 +235,7 @@ fn is_unchanged(vm: &Vm, opened: &ExternalVm) -> bool {
         }
         (Source::Process { .. }, true) => {
             let first = layout.map.regions().first();
-            layout.map.regions() == opened.registration.regions
+            layout.map.regions() == opened.regions
                 && first.is_some_and(|region| ram.read(region.gpa, &mut [0]).is_ok())
         }
         _ => false,
@@ -254,7 +253,7 @@ fn in_known_files(vm: &Vm, opened: &ExternalVm) -> Option<Vec<Region>> {
         let number = known.iter().position(|other| *other == file)?;
         Some(Region { file: u32::try_from(number).ok()?, ..*region })
     };
-    opened.registration.regions.iter().map(place).collect()
+    opened.regions.iter().map(place).collect()
 }
 
 /// Which parts of which files a VM's RAM is.

@@ -70,22 +70,15 @@ impl Service {
         let administrator =
             Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let vmm = Peer::unconnected(opened.credentials);
-        let mut registration = opened.registration;
         let ram = match opened.source {
-            Source::Files(files) => Ram::registered(&mut registration, files),
-            Source::Process { memory, .. } => {
-                let ram = Ram::of_process(memory, std::mem::take(&mut registration.regions));
-                ram.map(Some).map_err(Refused::from)
-            }
+            Source::Files(files) => Ram::new(files, opened.regions)?,
+            Source::Process { memory, .. } => Ram::of_process(memory, opened.regions)?,
         };
-        let ram = ram?;
         // Of a target that was removed, or that an earlier broker had.
-        if let (Some(ram), Some(generation)) =
-            (&ram, self.broker().state().generation(opened.credentials.pid))
-        {
+        if let Some(generation) = self.broker().state().generation(opened.credentials.pid) {
             ram.continue_from(generation);
         }
-        let mut ram = ram;
+        let mut ram = Some(ram);
         // One at a time: what is compared here stays as it is until the VM is in the registry.
         let _adding = self.adding();
         let vms: Vec<Arc<Vm>> = self.broker().vms();
@@ -94,11 +87,11 @@ impl Service {
         let is_its =
             |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
         if let Some(vm) = vms.iter().find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
-            let message = format!("this VM is registered already, as {:?}", vm.registration().name);
+            let message = format!("this VM is registered already, as {:?}", vm.identity().name);
             return Err(Refused::new(Refusal::Exists, message));
         }
         drop(vms);
-        let vm = self.broker().register(registration, &mut ram, Arc::new(vmm), administrator)?;
+        let vm = self.broker().register(opened.identity, &mut ram, Arc::new(vmm), administrator)?;
         if let Err(error) = self.watch(vm.id(), opened.pidfd, monitor) {
             self.release(vm.id());
             return Err(limit("cannot watch the VMM")(error.into()));

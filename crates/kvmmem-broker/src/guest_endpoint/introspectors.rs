@@ -72,12 +72,12 @@ impl Views for IntrospectorViews {
 
 /// Why a VM has no views here.
 fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
-    let introspector = broker.vm_with_cid(cid).filter(|vm| vm.registration().introspector);
+    let introspector = broker.vm_with_cid(cid).filter(|vm| vm.identity().introspector);
     let words = match introspector {
         Some(vm) => format!(
             "{:?} runs under kvmmem vm, whose views come by hypercall and not by this guest \
              endpoint: update the module kvmmem in it",
-            vm.registration().name
+            vm.identity().name
         ),
         None => format!(
             "the VM with context id {cid} is no introspector of this host; to make it one: kvmmem introspector add"

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Answer, IntrospectorRequest, NewIntrospector, Refusal, Registration};
+use kvmmem_proto::message::{Answer, IntrospectorRequest, NewIntrospector, Refusal, VmIdentity};
 use kvmmem_qemu::attach::random_uuid;
 use kvmmem_qemu::find::{self, FindError};
 use kvmmem_qemu::windows::machine::{self, Machine, MachineError};
@@ -130,21 +130,19 @@ impl Service {
         let marks = machine::marks(&mut qmp)?;
         self.open_guest_endpoint().map_err(AddError::GuestEndpoint)?;
         let pid = process.pid();
-        let registration = Registration {
+        let registered = VmIdentity {
             name: request.name.clone().or(machine.name).unwrap_or_else(|| format!("qemu-{pid}")),
             uuid: machine.uuid.or(uuid).map_or_else(random_uuid, Ok).map_err(AddError::Random)?,
             vcpus: machine.vcpus,
             start_time_ms: process.start_time_ms().unwrap_or(0),
-            vcpu_questions: false,
             cid: Some(cid),
             introspectable: false,
             introspector: true,
-            regions: Vec::new(),
         };
         let uid = process.uid().map_err(|error| AddError::Find(error.into()))?;
-        let (name, session) = (registration.name.clone(), session()?);
+        let (name, session) = (registered.name.clone(), session()?);
         let inbox = Arc::new(Inbox::new().map_err(|error| AddError::Resources(error.into()))?);
-        let link = Link::register(self.broker(), registration, Credentials { pid, uid }, &inbox)?;
+        let link = Link::register(self.broker(), registered, Credentials { pid, uid }, &inbox)?;
         let (vm, has_offset) = (link.vm().id(), machine.has_offset);
         let trust = Trust { on_silence: request.on_silence, is_trusted: request.trusted };
         let traits = Traits { vm, name, cid, trust, has_offset, session };

@@ -30,7 +30,7 @@ impl Service {
     /// How many PCI slots an introspector has for views.
     pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, Refused> {
         let vm = self.broker().find_introspector(name)?;
-        let added = vm.registration().cid.and_then(|cid| self.introspectors().by_cid(cid));
+        let added = vm.identity().cid.and_then(|cid| self.introspectors().by_cid(cid));
         let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
         let introspector = introspector.ok_or_else(|| {
             Refused::new(Refusal::Denied, format!("{name:?} was not added as an introspector"))

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Answer, Call, Caller, Refusal, Registration, ViewCounters};
+use kvmmem_proto::message::{Answer, Call, Caller, Refusal, ViewCounters, VmIdentity};
 
 use super::inbox::Inbox;
 use super::view::Attached;
@@ -38,14 +38,14 @@ impl Link {
     /// Registers an introspector; `inbox` gets what the broker pushes to it.
     pub(super) fn register(
         broker: &Arc<Broker>,
-        registration: Registration,
+        identity: VmIdentity,
         credentials: Credentials,
         inbox: &Arc<Inbox>,
     ) -> Result<Self, RegisterError> {
         let peer = Arc::new(Peer::within(Arc::clone(inbox) as Arc<dyn Viewer>, credentials));
         let by = Arc::clone(&peer);
         broker.join(&peer);
-        let registered = broker.register(registration, &mut None, by, credentials);
+        let registered = broker.register(identity, &mut None, by, credentials);
         let vm = registered.inspect_err(|_| broker.leave(&peer, None))?;
         broker.audit().write(Event::Registered(&vm));
         let (attaching, is_closed) = (Mutex::default(), AtomicBool::new(false));

@@ -212,7 +212,7 @@ impl Introspector {
             state: STATE_OPEN,
             rights: if is_read_only { RIGHT_READ } else { RIGHT_READ | RIGHT_WRITE },
             token_digest: Sha256::digest(*Zeroizing::new(ticket.to_bytes())).into(),
-            uuid: target.registration().uuid.into_bytes(),
+            uuid: target.identity().uuid.into_bytes(),
             instance: memory.generation,
             ..Descriptor::default()
         };

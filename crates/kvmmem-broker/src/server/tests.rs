@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{
-    Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, NewGrant, Registration,
+    Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, NewGrant, VmIdentity,
 };
 use uuid::Uuid;
 
 use super::*;
 use crate::core::quota::Bound;
-use crate::test_peer::{Connection, USER, grant_request, registration};
+use crate::test_peer::{Connection, USER, grant_request, identity};
 
 const OTHER: u32 = USER + 1;
 const ROOT: u32 = 0;
@@ -137,8 +137,8 @@ fn a_user_with_all_its_hooks_keeps_nobody_out() {
     let _targets: Vec<_> =
         (0..3).map(|number| running.target(USER, &format!("vm-{number}")).unwrap()).collect();
     let mut lion = running.connect(USER);
-    let registered = Registration { cid: Some(7), introspector: true, ..registration("lion") };
-    lion.ask(Call::Register(registered), None).unwrap();
+    let looking = VmIdentity { cid: Some(7), introspector: true, ..identity("lion") };
+    lion.ask(Call::Register(looking.registered(vec![])), None).unwrap();
     let mut port = 0;
     let mut hook = |uid| {
         let mut connection = running.connect(uid);

@@ -49,11 +49,11 @@ impl Entry {
     pub(crate) fn of(vm: &Vm, qmp: Option<PathBuf>, role: Role) -> Option<Self> {
         let pid = vm.peer().credentials().pid;
         let started = Process::open(pid).ok()?.started()?;
-        let registration = vm.registration();
+        let identity = vm.identity();
         let generation = vm.ram().map_or(0, |ram| ram.layout().generation);
         Some(Self {
-            name: registration.name.clone(),
-            uuid: registration.uuid,
+            name: identity.name.clone(),
+            uuid: identity.uuid,
             pid,
             started,
             qmp,

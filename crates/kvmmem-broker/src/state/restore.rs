@@ -88,7 +88,7 @@ impl Service {
             Role::Target { files } => {
                 let opened = attach::open(&which, name, &|path| self.monitors().connect(path));
                 let mut opened = opened.map_err(|error| Lost::Refused(in_words(&error)))?;
-                opened.registration.uuid = entry.uuid;
+                opened.identity.uuid = entry.uuid;
                 if opened.source.file_ids() != *files {
                     return Err(Lost::OtherFiles);
                 }

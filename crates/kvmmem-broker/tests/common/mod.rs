@@ -17,7 +17,8 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::{Broker, Limits, Server, Service};
 use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, NewGrant};
 use kvmmem_client::vmm::{
-    Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, ViewGrant, VmmLink,
+    Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, ViewGrant, VmIdentity,
+    VmmLink,
 };
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
 use kvmmem_kvmi::message::{HEADER_SIZE, Header};
@@ -104,7 +105,7 @@ impl TestBroker {
     /// Makes a token as a hook to a tool in the VM with this context id does.
     pub(crate) fn mint(&self, target: u64, cid: u32) -> Result<Token, KvmError> {
         let vms = self.admin().targets().unwrap();
-        let tool = vms.iter().find(|vm| vm.cid == Some(cid)).map_or(0, |vm| vm.id);
+        let tool = vms.iter().find(|vm| vm.identity.cid == Some(cid)).map_or(0, |vm| vm.id);
         self.state.mint_token(target, Some(tool))
     }
 
@@ -143,7 +144,7 @@ pub(crate) fn ram() -> OwnedFd {
     memfd(0x10_2000, SealFlags::SHRINK)
 }
 
-fn uuid(name: &str) -> Uuid {
+pub(crate) fn uuid(name: &str) -> Uuid {
     let mut bytes = [0xee; 16];
     for (to, from) in bytes.iter_mut().zip(name.bytes()) {
         *to = from;
@@ -152,21 +153,14 @@ fn uuid(name: &str) -> Uuid {
 }
 
 pub(crate) fn target(name: &str) -> Registration {
-    Registration {
-        vcpus: 2,
-        start_time_ms: 1_700_000_000_000,
-        ..Registration::target(name, uuid(name), regions())
-    }
+    let target = VmIdentity::target(name, uuid(name));
+    VmIdentity { vcpus: 2, start_time_ms: 1_700_000_000_000, ..target }.registered(regions())
 }
 
 pub(crate) fn introspector(name: &str, cid: u32) -> Registration {
-    Registration {
-        cid: Some(cid),
-        introspectable: false,
-        introspector: true,
-        regions: vec![],
-        ..target(name)
-    }
+    let vm = target(name).identity;
+    VmIdentity { cid: Some(cid), introspectable: false, introspector: true, ..vm }
+        .registered(vec![])
 }
 
 /// A VMM that keeps the views it has opened, as far as events have not ended them.

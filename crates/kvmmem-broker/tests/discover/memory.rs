@@ -21,7 +21,8 @@ fn a_vmm_that_lies_shows_no_more_than_its_own_file() {
     let broker = TestBroker::start();
     let mut fake = Fake::start("sealed tables", HONEST);
     let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
-    assert_eq!((added.target.name.as_str(), added.evidence), ("fake", Evidence::RulesAndAcpi));
+    assert_eq!(added.target.identity.name, "fake");
+    assert_eq!(added.evidence, Evidence::RulesAndAcpi);
     assert_eq!(added.regions.iter().map(|region| region.len).sum::<u64>(), SIZE - 0x2_0000);
     let terms = GrantRequest { target: "fake".into(), ..request(Rights::ReadOnly) };
     let (link, view) = HostLink::attach(&broker.path, &broker.grant(&terms).token, true).unwrap();
@@ -49,7 +50,7 @@ fn tools_use_an_added_target_as_any_other() {
     assert_eq!(read(&mut session, 0x10_0000, 7).unwrap(), b"stripes");
     let (introspector, _views) = broker.viewer("watcher", 4, Duration::ZERO);
     let token = session.token().unwrap();
-    assert_eq!(introspector.redeem(&token).unwrap().target.name(), "fake");
+    assert_eq!(introspector.redeem(&token).unwrap().target.identity().name, "fake");
     let unused = session.token().unwrap();
     fake.end();
     assert!(session.is_closed());

@@ -4,6 +4,7 @@
 use kvmmem::host::HostLink;
 use kvmmem_client::admin::{Rights, Which};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::common::{TestBroker, request, wait_for};
 use crate::fake::{Fake, HONEST};
@@ -17,7 +18,12 @@ fn next(broker: TestBroker) -> TestBroker {
 }
 
 fn names(broker: &TestBroker) -> Vec<String> {
-    broker.admin().targets().unwrap().into_iter().map(|target| target.name).collect()
+    broker.admin().targets().unwrap().into_iter().map(|target| target.identity.name).collect()
+}
+
+fn uuid_of(broker: &TestBroker, name: &str) -> Uuid {
+    let targets = broker.admin().targets().unwrap();
+    targets.into_iter().find(|vm| vm.identity.name == name).unwrap().identity.uuid
 }
 
 fn remembered(broker: &TestBroker) -> Value {
@@ -37,18 +43,14 @@ fn the_next_broker_knows_what_was_added_and_still_runs() {
     // One that registers itself is its own business.
     let own = broker.target("own");
     broker.admin().remove_target("removed").unwrap();
-    let uuid =
-        broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid;
+    let uuid = uuid_of(&broker, "stays");
     assert_eq!(remembered(&broker).as_array().unwrap().len(), 2);
     drop(own);
 
     // A VM that ends is forgotten, also before the next broker starts.
     let broker = next(broker);
     wait_for("two targets", || names(&broker).len() == 2);
-    assert_eq!(
-        broker.admin().targets().unwrap().into_iter().find(|vm| vm.name == "stays").unwrap().uuid,
-        uuid
-    );
+    assert_eq!(uuid_of(&broker, "stays"), uuid);
     let state = broker.directory.path().join("state");
     let directory = broker.stop();
     ends.end();

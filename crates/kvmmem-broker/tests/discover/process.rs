@@ -34,7 +34,8 @@ fn a_qemu_under_another_name_is_found() {
         let found = discover().unwrap().into_iter().find(|found| found.pid == fake.pid()).unwrap();
         assert!(found.attachable && found.name.as_deref() == Some("fake"), "{found:?}");
         let added = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
-        assert_eq!((added.target.name.as_str(), added.evidence), ("fake", Evidence::RulesAndAcpi));
+        assert_eq!(added.target.identity.name, "fake");
+        assert_eq!(added.evidence, Evidence::RulesAndAcpi);
         drop(fake);
         wait_for("the target to go", || broker.admin().targets().unwrap().is_empty());
     }
@@ -108,7 +109,8 @@ fn a_vm_continues_with_the_qemu_that_has_its_memory() {
     let _other = Fake::start("sealed", &incoming);
     drop(old);
     let expected = [("first".to_owned(), new[1].pid()), ("second".to_owned(), new[0].pid())];
-    let targets = || broker.admin().targets().unwrap().into_iter().map(|vm| (vm.name, vm.pid));
+    let targets =
+        || broker.admin().targets().unwrap().into_iter().map(|vm| (vm.identity.name, vm.pid));
     wait_for("the VMs to have other VMMs", || targets().eq(expected.clone()));
     drop(new);
     wait_for("the VMs to go", || targets().len() == 0);
@@ -126,16 +128,16 @@ fn vms_whose_names_are_too_long_are_added_under_different_ones() {
     let start = "n".repeat(63);
     let long = [format!("{start}-one"), format!("{start}-two"), "虚拟".repeat(15)];
     let fakes = long.clone().map(|name| called(&name));
-    let added = fakes
-        .each_ref()
-        .map(|fake| broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap().target.name);
+    let added = fakes.each_ref().map(|fake| {
+        broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap().target.identity.name
+    });
     assert!(added.iter().all(|name| name.len() <= 63 && name.contains('~')), "{added:?}");
     assert!(added[0] != added[1] && added[2].starts_with("虚拟虚拟"), "{added:?}");
     // Each is found by that name, and has it again the next time.
     for (name, fake) in added.iter().zip(&fakes) {
         broker.admin().remove_target(name).unwrap();
         let again = broker.admin().add_target(&Which::Pid(fake.pid()), None).unwrap();
-        assert_eq!(again.target.name, *name);
+        assert_eq!(again.target.identity.name, *name);
     }
 }
 
@@ -143,7 +145,7 @@ fn vms_whose_names_are_too_long_are_added_under_different_ones() {
 fn a_vm_that_is_called_as_another_s_uuid_needs_another_name() {
     let broker = TestBroker::start();
     let bank = broker.target("bank");
-    let uuid = common::target("bank").uuid;
+    let uuid = common::uuid("bank");
     for name in [uuid.to_string(), uuid.simple().to_string(), uuid.braced().to_string()] {
         let fake = called(&name);
         let message = refusal(&broker, &Which::Pid(fake.pid()));

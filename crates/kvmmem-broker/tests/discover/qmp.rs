@@ -227,7 +227,7 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
     let socket = qmp(directory.path(), &fake, |_, answer| answer);
     let added =
         broker.admin().add_target(&Which::Qmp { socket, pid: Some(fake.pid()) }, None).unwrap();
-    assert_eq!((added.target.vcpus, added.evidence), (2, Evidence::Qmp));
+    assert_eq!((added.target.identity.vcpus, added.evidence), (2, Evidence::Qmp));
 }
 
 #[test]

@@ -142,9 +142,9 @@ fn check_broker(socket: &Path) -> Vec<Check> {
                 socket.display(),
                 count(vms.len(), "virtual machine")
             );
-            let introspectors = vms.iter().filter(|vm| vm.introspector);
+            let introspectors = vms.iter().filter(|vm| vm.identity.introspector);
             let rooms = introspectors
-                .filter_map(|vm| check_room(vm, admin.free_slots(&vm.uuid.to_string())));
+                .filter_map(|vm| check_room(vm, admin.free_slots(&vm.identity.uuid.to_string())));
             std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
         Err(error) => {
@@ -171,8 +171,8 @@ fn broker_remedy(error: &ClientError) -> &'static str {
 /// How many views an introspector under a stock QEMU can still open; `None` for other VMs.
 fn check_room(vm: &TargetInfo, room: Result<FreeSlots, ClientError>) -> Option<Check> {
     const NAME: &str = "introspector";
-    let cid = vm.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
-    let who = format!("{}, context id {cid}", vm.name);
+    let cid = vm.identity.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
+    let who = format!("{}, context id {cid}", vm.identity.name);
     Some(match room {
         Ok(FreeSlots { retired, .. }) if !retired.is_empty() => Check::warn(
             NAME,
@@ -223,19 +223,7 @@ mod tests {
 
     #[test]
     fn introspectors_without_a_free_place_are_told() {
-        let vm = TargetInfo {
-            id: 1,
-            name: "lion".to_owned(),
-            uuid: uuid::Uuid::nil(),
-            vcpus: 2,
-            start_time_ms: 0,
-            cid: Some(7),
-            introspectable: false,
-            introspector: true,
-            memory_bytes: 0,
-            pid: 77,
-            hooks: Vec::new(),
-        };
+        let vm = TargetInfo { memory_bytes: 0, ..crate::registered::example("lion") };
         let check = check_room(&vm, Ok(slots(1, &[]))).unwrap();
         assert_eq!(
             (check.status, check.detail.as_str()),

@@ -64,8 +64,8 @@ fn machines() -> Result<BTreeMap<u32, Option<String>>> {
         found.into_iter().map(|found| (found.pid, found.name)).collect();
     let targets = Broker::default().connect().ok().and_then(|mut broker| broker.targets().ok());
     for target in targets.unwrap_or_default() {
-        if target.introspectable {
-            machines.insert(target.pid, Some(target.name));
+        if target.identity.introspectable {
+            machines.insert(target.pid, Some(target.identity.name));
         }
     }
     Ok(machines)

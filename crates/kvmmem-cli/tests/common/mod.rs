@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::{Broker, Server, ServerError};
-use kvmmem_client::vmm::{Region, Registration, Vcpus, VmmLink};
+use kvmmem_client::vmm::{Region, Registration, Vcpus, VmIdentity, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 use rustix::process::{Pid, Signal, kill_process};
 use uuid::Uuid;
@@ -220,7 +220,8 @@ fn serve(socket: &Path) -> Serving {
 }
 
 fn registration(regions: &[Region]) -> Registration {
-    Registration { vcpus: 2, ..Registration::target("victim", UUID, regions.to_vec()) }
+    let vm = VmIdentity { vcpus: 2, ..VmIdentity::target("victim", UUID) };
+    vm.registered(regions.to_vec())
 }
 
 fn register(socket: &Path, regions: &[Region], ram: &GuestRam) -> VmmLink {

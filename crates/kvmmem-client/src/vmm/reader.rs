@@ -149,18 +149,19 @@ fn take(
     files: Vec<OwnedFd>,
 ) -> Result<Option<Call>, ClientError> {
     match message {
-        FromBroker::Target { id, name, uuid, generation, regions } => {
+        FromBroker::Target { id, identity, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
             let files = complete(&map, files.into())?;
-            state.cache.insert_target(Target { id, name, uuid, generation, map, files });
+            state.cache.insert_target(Target { id, identity, generation, map, files });
         }
         FromBroker::Changed { target, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
             if let Some(known) =
                 state.cache.target(target).filter(|known| known.generation < generation)
             {
-                let (name, files) = (known.name.clone(), complete(&map, Arc::clone(&known.files))?);
-                let changed = Target { id: target, name, uuid: known.uuid, generation, map, files };
+                let files = complete(&map, Arc::clone(&known.files))?;
+                let identity = known.identity.clone();
+                let changed = Target { id: target, identity, generation, map, files };
                 state.cache.insert_target(changed);
                 state.events.changed(target);
             }

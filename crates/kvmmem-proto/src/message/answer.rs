@@ -3,12 +3,11 @@
 
 use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use super::grant::{Cursor, GrantInfo, KvmiPolicy, NewGrant, RevokeReport};
 use super::registers::{VcpuQuestion, VcpuRegisters};
 use super::token_text;
-use super::vm::{NewIntrospector, NewTarget, TargetInfo};
+use super::vm::{NewIntrospector, NewTarget, TargetInfo, VmIdentity};
 use crate::map::Region;
 use crate::scope::Scope;
 
@@ -37,10 +36,9 @@ pub enum FromBroker {
     Target {
         /// The number by which the broker names it on this connection.
         id: u64,
-        /// Its name.
-        name: String,
-        /// Its UUID.
-        uuid: Uuid,
+        /// The target.
+        #[serde(flatten)]
+        identity: VmIdentity,
         /// Grows with each change of its RAM.
         generation: u64,
         /// Where its RAM is.
@@ -135,11 +133,9 @@ pub enum Answer {
         target: u64,
         /// What the view allows.
         scope: Scope,
-        /// UUID of the target.
-        uuid: Uuid,
-        /// Name of the target.
-        #[serde(default)]
-        name: String,
+        /// The target.
+        #[serde(flatten)]
+        identity: VmIdentity,
         /// Grows with each change of the target's RAM.
         generation: u64,
         /// Where the target's RAM is, all of it.

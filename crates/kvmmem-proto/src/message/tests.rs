@@ -48,3 +48,18 @@ fn what_is_no_token_is_refused_without_repeating_it() {
         assert!(error.contains("64 hexadecimal digits"), "{error}");
     }
 }
+
+#[test]
+fn the_identity_of_a_vm_is_flat_in_lists_and_registrations() {
+    const IDENTITY: &str = r#""name":"web","uuid":"00000000-0000-0000-0000-000000000000","vcpus":1,"start_time_ms":0,"cid":null,"introspectable":true,"introspector":false"#;
+    let identity = VmIdentity::target("web", uuid::Uuid::nil());
+    let listed =
+        TargetInfo { id: 1, identity: identity.clone(), memory_bytes: 0, pid: 7, hooks: vec![] };
+    let text = serde_json::to_string(&listed).unwrap();
+    assert_eq!(text, format!(r#"{{"id":1,{IDENTITY},"memory_bytes":0,"pid":7,"hooks":[]}}"#));
+    assert_eq!(serde_json::from_str::<TargetInfo>(&text).unwrap(), listed);
+    let registration = identity.registered(vec![]);
+    let text = serde_json::to_string(&registration).unwrap();
+    assert_eq!(text, format!(r#"{{{IDENTITY},"regions":[]}}"#));
+    assert_eq!(serde_json::from_str::<Registration>(&text).unwrap(), registration);
+}

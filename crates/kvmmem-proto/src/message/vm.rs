@@ -10,9 +10,9 @@ use super::which::{Evidence, Which};
 use crate::endpoint::Endpoint;
 use crate::map::Region;
 
-/// What a VMM says of its VM.
+/// What identifies a VM, in registrations, lists and views.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Registration {
+pub struct VmIdentity {
     /// Name, unique on the host: 1 to 63 bytes that a terminal shows, and not the text of a UUID.
     pub name: String,
     /// UUID, unique on the host.
@@ -23,10 +23,18 @@ pub struct Registration {
     pub start_time_ms: i64,
     /// Its vsock context id, where it has one.
     pub cid: Option<u32>,
-    /// Whether others may look at this VM; its RAM's memfds then come with the request.
+    /// Whether others may look at this VM.
     pub introspectable: bool,
     /// Whether this VM may map the memory of others.
     pub introspector: bool,
+}
+
+/// What a VMM registers its VM with; the RAM's memfds come with it if the VM is introspectable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// The VM.
+    #[serde(flatten)]
+    pub identity: VmIdentity,
     /// Whether the VMM answers [`super::FromBroker::AskVcpus`]. One that does not is never asked.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vcpu_questions: bool,
@@ -34,9 +42,9 @@ pub struct Registration {
     pub regions: Vec<Region>,
 }
 
-impl Registration {
+impl VmIdentity {
     /// A VM with one vCPU that others may look at.
-    pub fn target(name: impl Into<String>, uuid: Uuid, regions: Vec<Region>) -> Self {
+    pub fn target(name: impl Into<String>, uuid: Uuid) -> Self {
         Self {
             name: name.into(),
             uuid,
@@ -45,9 +53,12 @@ impl Registration {
             cid: None,
             introspectable: true,
             introspector: false,
-            vcpu_questions: false,
-            regions,
         }
+    }
+
+    /// This VM's registration; `regions` is empty unless it is introspectable.
+    pub fn registered(self, regions: Vec<Region>) -> Registration {
+        Registration { identity: self, vcpu_questions: false, regions }
     }
 }
 
@@ -56,20 +67,9 @@ impl Registration {
 pub struct TargetInfo {
     /// Its number.
     pub id: u64,
-    /// Its name.
-    pub name: String,
-    /// Its UUID.
-    pub uuid: Uuid,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// When it was started, milliseconds since the epoch.
-    pub start_time_ms: i64,
-    /// Its vsock context id.
-    pub cid: Option<u32>,
-    /// Whether others may look at it.
-    pub introspectable: bool,
-    /// Whether it may map the memory of others.
-    pub introspector: bool,
+    /// The VM.
+    #[serde(flatten)]
+    pub identity: VmIdentity,
     /// RAM that others may look at, bytes.
     pub memory_bytes: u64,
     /// Process id of its VMM.

@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_client::ClientError;
 use kvmmem_client::vmm::{
-    self, Caller, RedeemError, Region, Registration, Target, Token, ViewCounters, VmmLink,
+    self, Caller, RedeemError, Region, Registration, Target, Token, ViewCounters, VmIdentity,
+    VmmLink,
 };
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
@@ -29,17 +30,17 @@ pub(crate) fn register(
     fd: Option<OwnedFd>,
 ) -> Result<VmmLink, ClientError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let registration = Registration {
+    let identity = VmIdentity {
         name: config.name.clone(),
         uuid: Uuid::from_bytes(config.uuid),
         vcpus: config.vcpus.into(),
         start_time_ms: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
-        vcpu_questions: config.introspectable,
         cid: config.cid,
         introspectable: config.introspectable,
         introspector: config.introspector,
-        regions: if config.introspectable { regions(ram) } else { Vec::new() },
     };
+    let regions = if config.introspectable { regions(ram) } else { Vec::new() };
+    let registration = Registration { identity, vcpu_questions: config.introspectable, regions };
     VmmLink::connect(socket, registration, fd)
 }
 
@@ -113,7 +114,7 @@ impl TargetMemory for Target {
     }
 
     fn uuid(&self) -> [u8; 16] {
-        Target::uuid(self).into_bytes()
+        self.identity().uuid.into_bytes()
     }
 
     fn generation(&self) -> u64 {

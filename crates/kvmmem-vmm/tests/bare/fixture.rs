@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::Server;
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant};
-use kvmmem_client::vmm::{Region, Registration, Rights, Scope, VmmLink};
+use kvmmem_client::vmm::{Region, Rights, Scope, VmIdentity, VmmLink};
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use kvmmem_vmm::introspect::source::TargetMemory;
@@ -225,11 +225,8 @@ pub(crate) fn launch_with_broker<T>(
     let (stop, stopped) = UnixStream::pair().unwrap();
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
 
-    let registration = Registration::target(
-        NAME,
-        Uuid::from_bytes([7; 16]),
-        vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0, file: 0 }],
-    );
+    let registration = VmIdentity::target(NAME, Uuid::from_bytes([7; 16]))
+        .registered(vec![Region { gpa: 0, len: TARGET_BYTES, offset: 0, file: 0 }]);
     let ram = target.0.fd().try_clone_to_owned().unwrap();
     let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();
     let mut admin = Admin::connect(&socket).unwrap();

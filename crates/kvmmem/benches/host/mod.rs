@@ -14,7 +14,7 @@ use std::time::Instant;
 use kvmmem::{Access, View};
 use kvmmem_broker::{Broker, Server};
 use kvmmem_client::admin::{Admin, GrantRequest};
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_client::vmm::{Region, Registration, VmIdentity, VmmLink};
 use kvmmem_proto::scope::Rights;
 use kvmmem_sys::ram::GuestRam;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -195,9 +195,6 @@ pub(crate) fn report(name: &str, goal: f64, ours: &mut [u64], theirs: &mut [u64]
 }
 
 fn registration(name: &str, number: u8) -> Registration {
-    Registration::target(
-        name,
-        Uuid::from_bytes([number; 16]),
-        vec![Region { gpa: 0, len: RAM, offset: 0, file: 0 }],
-    )
+    let region = Region { gpa: 0, len: RAM, offset: 0, file: 0 };
+    VmIdentity::target(name, Uuid::from_bytes([number; 16])).registered(vec![region])
 }

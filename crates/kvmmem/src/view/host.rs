@@ -78,8 +78,8 @@ impl HostView {
             .map_err(ViewError::Watch)?;
         Ok(Arc::new(Self {
             memory,
-            uuid: view.uuid.into_bytes(),
-            name: view.name,
+            uuid: view.identity.uuid.into_bytes(),
+            name: view.identity.name,
             instance,
             is_writable: view.rights == Rights::ReadWrite,
             stop,

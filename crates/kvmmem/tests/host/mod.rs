@@ -13,7 +13,7 @@ use std::time::Duration;
 use kvmmem::{Access, Token, View, ViewError};
 use kvmmem_broker::Server;
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, Rights, Span};
-use kvmmem_client::vmm::{Region, Registration, VmmLink};
+use kvmmem_client::vmm::{Region, VmIdentity, VmmLink};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
 
@@ -53,10 +53,11 @@ impl Host {
                 ram.write_all_at(&(region.gpa + at).to_le_bytes(), region.offset + at).unwrap();
             }
         }
-        let registration = Registration {
+        let registration = VmIdentity {
             start_time_ms: 1_700_000_000_000,
-            ..Registration::target("target", Uuid::from_bytes([7; 16]), REGIONS.to_vec())
-        };
+            ..VmIdentity::target("target", Uuid::from_bytes([7; 16]))
+        }
+        .registered(REGIONS.to_vec());
         let fd = ram.try_clone().unwrap().into();
         let target = VmmLink::connect(&socket, registration, Some(fd)).unwrap();
         Self {

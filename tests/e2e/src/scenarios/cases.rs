@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use kvmmem_guest::Command;
 use kvmmem_proto::scope::Rights;
 
@@ -65,7 +65,7 @@ fn fork_unmap(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let end = world.max_gfn()? << 12;
     let marker = world.marker()?.hex.clone();
-    let uuid = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let uuid = world.uuid(TARGET)?;
     let mut tool = world.viewer()?;
     let device = tool.open()?;
     tool.must(&format!("region {device} open {}", uuid.simple()))?;
@@ -95,14 +95,12 @@ const INTERRUPT: i32 = 2;
 
 fn resume(world: &mut World, report: &mut Report) -> Result<()> {
     let file = interrupted_dump(world)?;
-    let before =
-        world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let before = world.uuid(TARGET)?;
     world.target_mut()?.process.kill()?;
-    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != TARGET)))?;
+    let is_gone = wait::until(|| Ok(!world.has(TARGET)?))?;
     ensure!(is_gone, "the broker still lists the target");
     world.mend()?;
-    let after =
-        world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let after = world.uuid(TARGET)?;
     report.equal("the target is restarted with its UUID", &after, &before);
 
     let resumed = dump(world, &[&file, "--resume"])?;

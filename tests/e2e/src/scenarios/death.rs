@@ -108,7 +108,7 @@ pub(crate) fn introspector_reboot(world: &mut World, report: &mut Report) -> Res
 
 /// Whether the broker soon does not list the VM any more.
 fn is_gone(world: &World, name: &str) -> Result<bool> {
-    wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != name)))
+    wait::until(|| Ok(!world.has(name)?))
 }
 
 /// How many guests' RAM a process holds by descriptor.

@@ -75,7 +75,7 @@ fn run(world: &mut World, report: &mut Report, spec: &Spec) -> Result<()> {
 /// Makes the VM an introspector.
 fn add(world: &World, spec: &Spec, is_trusted: bool) -> Result<()> {
     let name = name_of(spec);
-    if world.targets()?.iter().any(|vm| vm.name == name) {
+    if world.has(&name)? {
         world.kvmmem(&["introspector", "remove", &name])?;
     }
     let socket = world.qemu(spec)?.socket().display().to_string();

@@ -7,12 +7,12 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{
     Answer, Call, Caller, Change, Cursor, IntrospectorRequest, NewGrant, OnSilence, Refusal,
-    Registration, VcpuAnswer, ViewCounters, Which,
+    VcpuAnswer, ViewCounters, VmIdentity, Which,
 };
 
 use super::Role;
 use crate::service::Service;
-use crate::test_peer::{Connection, USER, grant_request, registration};
+use crate::test_peer::{Connection, USER, grant_request, identity};
 
 const ROLES: [Role; 4] = [Role::Administrator, Role::Operator, Role::Viewer, Role::Vmm];
 
@@ -27,9 +27,9 @@ fn calls() -> Vec<(Call, &'static str)> {
     let vsock = Endpoint::Vsock { cid: 99, port: 1 };
     let grant = grant_request("nowhere");
     let caller = Caller { pid: 1, uid: 1, comm: none() };
-    let nobody = Registration { name: String::new(), ..registration("nobody") };
+    let nameless = VmIdentity { name: String::new(), ..identity("nobody") }.registered(vec![]);
     vec![
-        (Call::Register(nobody), "ao--"),
+        (Call::Register(nameless), "ao--"),
         (Call::Redeem { token: token() }, "---v"),
         (Call::Used { token: token() }, "---v"),
         (Call::Attach { token: token(), caller, read_only: true, reaching: vec![] }, "aohv"),
@@ -121,8 +121,8 @@ fn connection(broker: &Arc<Service>, role: Role) -> Connection {
             assert!(matches!(attached, Ok(Answer::HostAttached { .. })), "{attached:?}");
         }
         Role::Vmm => {
-            let lion = Registration { cid: Some(7), introspector: true, ..registration("lion") };
-            connection.ask(Call::Register(lion), None).unwrap();
+            let lion = VmIdentity { cid: Some(7), introspector: true, ..identity("lion") };
+            connection.ask(Call::Register(lion.registered(vec![])), None).unwrap();
         }
     }
     connection

@@ -76,7 +76,7 @@ pub(super) fn reset(world: &mut World, report: &mut Report) -> Result<()> {
     world.qemu_mut(&OLD_PC)?.process.kill()?;
     report.check("it is killed: its view is closed", world.settles(0)?, "");
     let name = name_of(&OLD_PC);
-    let is_gone = wait::until(|| Ok(world.targets()?.iter().all(|vm| vm.name != name)))?;
+    let is_gone = wait::until(|| Ok(!world.has(&name)?))?;
     report.check("the broker lists it no more", is_gone, "");
     report.check("the target is as it was", target.is_whole(world)?, "");
     Ok(())

@@ -32,7 +32,10 @@ impl LookedAt {
     /// A VM under a stock QEMU, which is made a target.
     pub(in crate::scenarios) fn stock(world: &mut World, spec: &Spec) -> Result<Self> {
         let pid = world.boot_qemu(spec)?.process.id();
-        if !world.targets()?.iter().any(|target| target.introspectable && target.name == spec.name)
+        if !world
+            .targets()?
+            .iter()
+            .any(|target| target.identity.introspectable && target.identity.name == spec.name)
         {
             world.kvmmem(&["target", "add", "--pid", &pid.to_string(), "--name", spec.name])?;
         }
@@ -85,7 +88,7 @@ pub(in crate::scenarios) fn add(
 ) -> Result<serde_json::Value> {
     let socket = world.boot_qemu(spec)?.socket().display().to_string();
     let name = name_of(spec);
-    if world.targets()?.iter().any(|vm| vm.name == name) {
+    if world.has(&name)? {
         world.kvmmem(&["introspector", "remove", &name])?;
     }
     let words = [

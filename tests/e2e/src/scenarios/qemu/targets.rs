@@ -168,8 +168,7 @@ fn death(world: &mut World, report: &mut Report) -> Result<()> {
         let seen = errno(tool.pread(view, 0, 8)?);
         report.equal("and pread says that the target is gone", &seen, &"ESTALE".into());
     }
-    let is_gone =
-        wait::until(|| Ok(world.targets()?.iter().all(|target| target.name != OLD_LARGE.name)))?;
+    let is_gone = wait::until(|| Ok(!world.has(OLD_LARGE.name)?))?;
     report.check("the broker lists it no more", is_gone, "");
     let grants = world.admin()?.grants()?;
     let left = grants.iter().filter(|grant| grant.target == OLD_LARGE.name).count();

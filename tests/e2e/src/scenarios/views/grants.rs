@@ -85,12 +85,7 @@ pub(crate) fn rules(world: &mut World, report: &mut Report) -> Result<()> {
         &attach(&mut tool, foreign.token.words())?,
         &"ENOENT".into(),
     );
-    let own = world
-        .targets()?
-        .into_iter()
-        .find(|vm| vm.name == INTROSPECTOR)
-        .context("no introspector")?
-        .uuid;
+    let own = world.uuid(INTROSPECTOR)?;
     let held = world.grant_as(|request| GrantRequest { holder: Some(own), ..request })?;
     report.equal("the holder attaches", &attach(&mut tool, held.token.words())?, &"0".into());
     let twice = world.grant_as(|request| GrantRequest { uses: 2, ..request })?.token.words();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The calls that libkvmi makes where its probe finds them.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::raw::errno;
 use crate::report::Report;
@@ -11,7 +11,7 @@ pub(crate) fn regions(world: &mut World, report: &mut Report) -> Result<()> {
     let gpa = world.gpa()?;
     let end = world.max_gfn()? << 12;
     let marker = world.marker()?.hex.clone();
-    let uuid = world.targets()?.into_iter().find(|vm| vm.name == TARGET).context("no target")?.uuid;
+    let uuid = world.uuid(TARGET)?;
 
     let slot = world.session()?.query_physical(gpa >> 12)?;
     report.equal(
