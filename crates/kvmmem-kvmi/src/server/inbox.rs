@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 
-use super::ServeError;
+use super::error::ServeError;
 use crate::message::{HEADER_SIZE, Header, MAX_PAYLOAD};
 
 /// Bytes that have come and are not yet served. Has room for one message of the largest size, so

@@ -9,7 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::{Connection, Limits, ServeError, Turn, Workspace};
+use super::connection::{Connection, Limits, Turn, Workspace};
+use super::error::ServeError;
 use crate::dispatch::TargetVm;
 
 /// Greets the tool and serves it until it closes.
