@@ -57,7 +57,6 @@ pub struct LoadResult {
 }
 
 unsafe extern "sysv64" {
-    fn kvmmem_guarded_loads();
     fn kvmmem_guarded_load_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_stream_avx2(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_load_write_combining_sse41(to: *mut u8, from: *const u8, len: usize)
@@ -87,14 +86,12 @@ unsafe extern "sysv64" {
         len: usize,
     ) -> LoadResult;
     fn kvmmem_guarded_sweep_avx2(from: *const u8, len: usize) -> LoadResult;
-    fn kvmmem_guarded_stores();
     fn kvmmem_guarded_store_blocks(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_store_bytes(to: *mut u8, from: *const u8, len: usize) -> usize;
     fn kvmmem_guarded_store_1(to: *mut u8, word: u64) -> usize;
     fn kvmmem_guarded_store_2(to: *mut u8, word: u64) -> usize;
     fn kvmmem_guarded_store_4(to: *mut u8, word: u64) -> usize;
     fn kvmmem_guarded_store_8(to: *mut u8, word: u64) -> usize;
-    fn kvmmem_guarded_end();
 }
 
 /// Copies `len` bytes from foreign memory; returns how many at the end were not copied because they

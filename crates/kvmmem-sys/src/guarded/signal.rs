@@ -11,8 +11,6 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use libc::{SIG_DFL, SIG_IGN, SIGBUS, SIGILL, sigaction, siginfo_t, ucontext_t};
 use rustix::io::Errno;
 
-use super::{kvmmem_guarded_end, kvmmem_guarded_loads, kvmmem_guarded_stores};
-
 /// `si_code` of a page fault that cannot be served (`BUS_ADRERR` of `<asm-generic/siginfo.h>`).
 const BUS_ADRERR: c_int = 2;
 
@@ -24,6 +22,15 @@ const PAGE_MASK: usize = 4095;
 /// `si_code` of an instruction that the processor, or KVM in its place, does not execute
 /// (`ILL_ILLOPN`).
 const ILL_ILLOPN: c_int = 2;
+
+unsafe extern "sysv64" {
+    /// Where the loads from foreign memory begin in `copies.s`.
+    fn kvmmem_guarded_loads();
+    /// Where they end and the stores begin.
+    fn kvmmem_guarded_stores();
+    /// Where the stores end: an interrupted routine continues here.
+    fn kvmmem_guarded_end();
+}
 
 /// The signals that are handled.
 const SIGNALS: [c_int; 2] = [SIGBUS, SIGILL];
