@@ -277,7 +277,7 @@ mod tests {
         assert_eq!(
             lines(&added),
             [
-                "lion\\u{1b} (00000000-0000-0000-0000-000000000000) is an introspector; context id 7",
+                "lion\\u{1b} (00000000-0000-0000-0000-000000000000) is an introspector; context id 3",
                 "  it has places for 2 views at a time",
             ]
         );

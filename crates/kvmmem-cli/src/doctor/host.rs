@@ -227,7 +227,7 @@ mod tests {
         let check = check_room(&vm, Ok(slots(1, &[]))).unwrap();
         assert_eq!(
             (check.status, check.detail.as_str()),
-            (Status::Ok, "lion, context id 7: 1 of 2 places for views are free")
+            (Status::Ok, "lion, context id 3: 1 of 2 places for views are free")
         );
         assert!(check_room(&vm, Ok(slots(0, &[]))).unwrap().remedy.unwrap().contains("--views"));
         let retired = check_room(&vm, Ok(slots(1, &["kvmmem0"]))).unwrap();
