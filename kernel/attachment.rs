@@ -3,15 +3,14 @@
 //!
 //! [`crate::view`] makes one at ATTACH. The host shows the target's memory until it is dropped.
 
-use core::mem::offset_of;
-
 use kernel::prelude::*;
+use kernel::transmute::AsBytes;
 use kernel::uaccess::UserSliceReader;
 
 use crate::abi::descriptor::{COMPLAINT_INVALID, GENERATION_AT};
 use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
-use crate::hypercall;
+use crate::hypercall::{self, Transport};
 use crate::knobs;
 use crate::slots::{self, Claim};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
@@ -23,33 +22,29 @@ use crate::sys::task;
 use crate::window::Extent;
 
 /// A request to attach, in memory that the host reads it from. It holds the token.
-pub(crate) struct AttachCall(Secret<{ AttachRequest::SIZE }>);
+pub(crate) struct AttachCall(Secret<AttachRequest>);
 
 impl AttachCall {
     /// Takes the token, the next 32 bytes, from a tool's request: `EFAULT` where they cannot be
     /// read.
     pub(crate) fn read_token(from: &mut UserSliceReader) -> Result<Self> {
-        const TOKEN: usize = offset_of!(AttachRequest, pid);
         let mut call = Self(Secret::zeroed()?);
-        from.read_slice(call.0.split_at_mut(TOKEN).0)?;
+        from.read_slice(AsBytes::as_bytes_mut(&mut call.0.token))?;
         Ok(call)
     }
 
     /// Asks the host for the view, with these flags. The token is used.
     fn call(&mut self, flags: u32) -> Result<HypercallView> {
         let method = hypercall::method()?;
-        let (pid, uid, comm) = task::caller();
-        self.put(offset_of!(AttachRequest, pid), &pid.to_ne_bytes());
-        self.put(offset_of!(AttachRequest, uid), &uid.to_ne_bytes());
-        self.put(offset_of!(AttachRequest, comm), &comm);
-        self.put(offset_of!(AttachRequest, flags), &flags.to_ne_bytes());
+        (self.0.pid, self.0.uid, self.0.comm) = task::caller();
+        self.0.flags = flags;
         // On the heap, because stacks may have no address that the host can translate by the page.
         let mut result = KBox::new(AttachResult::default(), GFP_KERNEL)?;
         method.attach(&self.0, &mut result).map_err(|answer| {
             stats::REFUSED.add_one();
             hypercall::error(answer)
         })?;
-        let gpa = knobs::descriptor(&*self.0).unwrap_or(result.descriptor_gpa);
+        let gpa = knobs::descriptor(self.0.as_bytes()).unwrap_or(result.descriptor_gpa);
         match knobs::map_memory().and_then(|()| Memory::map(gpa, PAGE_SIZE)) {
             Ok(page) => Ok(HypercallView { method, page }),
             Err(error) => {
@@ -65,13 +60,7 @@ impl AttachCall {
 
     /// SHA-256 of the token.
     fn digest(&self) -> [u8; 32] {
-        sha256(self.0.split_at(offset_of!(AttachRequest, pid)).0)
-    }
-
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        if let Some(place) = self.0.get_mut(at..at + bytes.len()) {
-            place.copy_from_slice(bytes);
-        }
+        sha256(AsBytes::as_bytes(&self.0.token))
     }
 }
 
@@ -90,60 +79,57 @@ pub(crate) struct HypercallView {
 }
 
 impl Attachment {
-    /// Asks the host to open the view of `call`, with these flags.
-    pub(crate) fn open(call: &mut AttachCall, flags: u32) -> Result<Self> {
-        call.call(flags).map(Self::Hypercall)
+    /// Asks the host to open the view of `call`, or claims its slot: `ENOENT` if there is none.
+    /// `EOPNOTSUPP` where the host offers no views.
+    pub(crate) fn open(mut call: AttachCall, flags: u32) -> Result<Self> {
+        match hypercall::transport() {
+            Transport::Windows => call.call(flags).map(Self::Hypercall),
+            Transport::Devices => slots::claim(&call.digest()).map(Self::Devices),
+            Transport::None => Err(EOPNOTSUPP),
+        }
     }
 
-    /// Claims the slot with the token of `call`: `ENOENT` if there is none.
-    pub(crate) fn take(call: &AttachCall) -> Result<Self> {
-        slots::claim(&call.digest()).map(Self::Devices)
-    }
-
-    /// Whether it was opened by a hypercall.
-    pub(crate) fn is_hypercall(&self) -> bool {
-        matches!(self, Self::Hypercall(_))
+    /// Uses the descriptor's page. `None` where it or one of the windows was unplugged.
+    fn with_page<R>(&self, use_it: impl FnOnce(&Memory) -> R) -> Option<R> {
+        match self {
+            Self::Hypercall(view) => Some(use_it(&view.page)),
+            Self::Devices(claim) => claim.with_page(use_it),
+        }
     }
 
     /// Where this machine sees the descriptor's page, by which a hypercall's view is named to the
-    /// host. `None` where it was unplugged.
+    /// host.
     pub(crate) fn gpa(&self) -> Option<u64> {
-        match self {
-            Self::Hypercall(view) => Some(view.page.start()),
-            Self::Devices(claim) => claim.with_page(Memory::start),
-        }
+        self.with_page(Memory::start)
     }
 
-    /// The generation that the page shows at this moment, odd while the host is changing it. `None`
-    /// where the page or one of the windows was unplugged.
+    /// The generation that the page shows at this moment, odd while the host is changing it.
     pub(crate) fn generation(&self) -> Option<u64> {
-        match self {
-            Self::Hypercall(view) => Some(view.page.read_u64(GENERATION_AT)),
-            Self::Devices(claim) => claim.with_page(|page| page.read_u64(GENERATION_AT)),
-        }
+        self.with_page(|page| page.read_u64(GENERATION_AT))
     }
 
     /// What the page says. `EAGAIN` while the host is changing it, however long that takes: a host
     /// may be stopped in the midst of it. `EIO` where it says what cannot be, `ESTALE` where it
     /// was unplugged. Does not wait.
     pub(crate) fn read(&self) -> Result<Snapshot> {
-        let copy = match self {
-            Self::Hypercall(view) => PageCopy::of(&view.page)?,
-            Self::Devices(claim) => claim.with_page(PageCopy::of).ok_or(ESTALE)??,
+        let copy = self.with_page(PageCopy::of).ok_or(ESTALE)??;
+        let Some(claim) = self.claim() else {
+            return Snapshot::check_opened(&copy).map_err(CheckError::report);
         };
-        let copy = copy.ok_or(EAGAIN)?;
-        let checked = match self {
-            Self::Hypercall(_) => Snapshot::check_opened(&copy),
-            Self::Devices(claim) => {
-                Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
-            }
-        };
-        match checked.map_err(CheckError::lie) {
-            Ok(snapshot) => snapshot.ok_or(EAGAIN),
-            Err(error) => {
-                self.complain(error);
-                Err(error)
-            }
+        Snapshot::check_plugged(&copy, |number| Some(claim.window(number)?.len))
+            .map_err(CheckError::report)
+            .inspect_err(|error| {
+                if *error == EIO {
+                    claim.complain(COMPLAINT_INVALID);
+                }
+            })
+    }
+
+    /// The slot, where the view is shown by devices.
+    pub(crate) fn claim(&self) -> Option<&Claim> {
+        match self {
+            Self::Hypercall(_) => None,
+            Self::Devices(claim) => Some(claim),
         }
     }
 
@@ -161,31 +147,11 @@ impl Attachment {
         }
     }
 
-    /// Tells the host that nothing of a generation before this one is used any more.
-    pub(crate) fn followed(&self, generation: u64) {
-        if let Self::Devices(claim) = self {
-            claim.followed(generation);
-        }
-    }
-
-    /// Reports to the host that this machine no longer uses the view.
-    pub(crate) fn let_go(&self) {
-        if let Self::Devices(claim) = self {
-            claim.let_go();
-        }
-    }
-
     /// A view that was not opened for want of memory, or because the host was changing it: ATTACH
     /// may be tried again with the same token, where the host does not count its use.
     pub(crate) fn put_back(self) {
         if let Self::Devices(claim) = self {
             claim.put_back();
-        }
-    }
-
-    fn complain(&self, error: Error) {
-        if let (Self::Devices(claim), true) = (self, error == EIO) {
-            claim.complain(COMPLAINT_INVALID);
         }
     }
 

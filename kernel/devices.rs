@@ -5,14 +5,13 @@
 use kernel::device::Core;
 use kernel::pci;
 use kernel::prelude::*;
-use kernel::sync::Arc;
+use kernel::sync::{Arc, Completion};
 
 use crate::abi::descriptor::{
     COMPLAINT_INVALID, COMPLAINT_NOT_CACHED, COMPLAINT_NO_ADDRESS, MAGIC, SLOT_AT,
 };
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::power::UseGuard;
-use crate::release::ReleaseWaiter;
 use crate::slot::{Bar, Head, Slot, Window};
 use crate::slots;
 use crate::sys::memory::Memory;
@@ -40,8 +39,8 @@ pub(crate) struct Driver;
 pub(crate) struct Function<'bound> {
     slot: Arc<Slot>,
     number: u32,
-    /// Of a window.
-    released: Option<ReleaseWaiter>,
+    /// Of a window: completed when nothing uses it.
+    unused: Option<Arc<Completion>>,
     // Released once `drop` has waited for the users; none where it has no address. Before the
     // enabling.
     _region: Option<BarRegion<'bound>>,
@@ -94,7 +93,7 @@ impl<'bound> Function<'bound> {
         Ok(Self {
             slot,
             number: 0,
-            released: None,
+            unused: None,
             _region: Some(region),
             _enabled: Some(enabled),
         })
@@ -119,12 +118,12 @@ impl<'bound> Function<'bound> {
             None
         };
         let window = region.as_ref().map_or(Ok(Err(COMPLAINT_NO_ADDRESS)), bar)?;
-        let released = window.as_ref().ok().map(|bar| bar.waiter());
+        let unused = window.as_ref().ok().map(|bar| bar.unused.clone());
         let slot = slots::add_window(place, number, window).ok_or(ENODEV)?;
         Ok(Self {
             slot,
             number,
-            released,
+            unused,
             _region: region,
             _enabled: enabled,
         })
@@ -148,8 +147,8 @@ impl Drop for Function<'_> {
         // The view that shows it finds out by itself within some milliseconds, ends, takes its
         // pages from all processes and then gives up its mappings. Nobody sleeps for long
         // while having one.
-        if let Some(released) = self.released.take() {
-            released.wait();
+        if let Some(unused) = &self.unused {
+            unused.wait_for_completion();
         }
     }
 }

@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! Hypercalls: which method CPUID offers, the request that a call carries, and the error that a tool
-//! gets for the host's answer.
+//! Hypercalls: which method CPUID offers, and the error that a tool gets for the host's answer.
 //!
 //! `choose` runs once, when the module is loaded. After that every file that calls the host asks
 //! [`method`], and every file that serves views asks [`transport`].
 
 use kernel::prelude::*;
 use kernel::sync::SetOnce;
-use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::cpuid::{FEATURE_WINDOW, LEAF_SIGNATURE};
 use crate::abi::errno::KvmError;
-use crate::abi::ioctl::MemMap;
 use crate::sys::call::{Method, Offer, PagesRestored};
 use crate::sys::pci;
-use crate::sys::secret::Secret;
 use crate::{knobs, stats};
 
 static METHOD: SetOnce<Method> = SetOnce::new();
@@ -138,29 +134,6 @@ fn offered() -> Result<Option<(Method, u32, Option<u32>)>> {
         );
     }
     Ok(Some((method.ok_or(ENODEV)?, features, gsi)))
-}
-
-/// A tool's MAP request, in kernel memory from which the host reads the token.
-pub(crate) struct Request(Secret<{ MemMap::SIZE }>);
-
-impl Request {
-    /// Copies the request from the tool's memory: `EFAULT` where that cannot be read.
-    pub(crate) fn read(from: UserPtr) -> Result<Self> {
-        let mut request = Self(Secret::zeroed()?);
-        UserSlice::new(from, MemMap::SIZE)
-            .reader()
-            .read_slice(&mut *request.0)?;
-        Ok(request)
-    }
-
-    /// The target's GPA and the process's GVA.
-    pub(crate) fn addresses(&self) -> (u64, u64) {
-        MemMap::addresses(&self.0)
-    }
-
-    pub(crate) fn token(&self) -> &[u8; 32] {
-        MemMap::token(&self.0)
-    }
 }
 
 /// The error that a tool gets for the host's `answer`, which is not 0: EIO unless it is one of KVM's

@@ -5,93 +5,79 @@
 //! With them root could make the module map any physical memory. So they exist only in a build with
 //! KVMMEM_SELFTEST=y, never in the shipped module.
 
-#[cfg(kvmmem_selftest)]
-pub(crate) use forced::*;
+use kernel::prelude::*;
+
+use crate::sys::call::Method;
 
 #[cfg(kvmmem_selftest)]
 mod forced {
-    use kernel::prelude::*;
-    use kernel::sync::atomic::{Atomic, Relaxed};
+    pub(super) use kernel::sync::atomic::{Atomic, Relaxed};
 
-    use crate::abi::ioctl::PAGE_SIZE;
-    use crate::module_parameters as parameters;
-    use crate::sys::call::Method;
+    pub(super) use crate::abi::ioctl::PAGE_SIZE;
+    pub(super) use crate::module_parameters as parameters;
 
     /// `_IO('i', 0xf0)`: mappings of a view's memory into the kernel fail for want of memory, as
     /// many as the argument's low 16 bits say, after as many as the next ones say. Those of PCI
     /// devices, which are probed at any time, do not count.
-    const FAIL_MAPPINGS: u32 = 0x69f0;
+    pub(super) const FAIL_MAPPINGS: u32 = 0x69f0;
 
-    static SUCCESSES: Atomic<i64> = Atomic::new(0);
-    static FAILURES: Atomic<i64> = Atomic::new(0);
+    pub(super) static SUCCESSES: Atomic<i64> = Atomic::new(0);
+    pub(super) static FAILURES: Atomic<i64> = Atomic::new(0);
+}
 
-    pub(crate) fn method() -> Option<Method> {
-        match *parameters::force_port.value_ref() {
-            0 => parameters::force_vmcall
-                .value()
-                .then(|| Method::forced(None)),
-            port => Some(Method::forced(Some(port))),
-        }
+#[cfg(kvmmem_selftest)]
+use forced::*;
+
+/// The method that stands in for CPUID's.
+pub(crate) fn method() -> Option<Method> {
+    #[cfg(kvmmem_selftest)]
+    return match *parameters::force_port.value_ref() {
+        0 => parameters::force_vmcall
+            .value()
+            .then(|| Method::forced(None)),
+        port => Some(Method::forced(Some(port))),
+    };
+    #[cfg(not(kvmmem_selftest))]
+    None
+}
+
+pub(crate) fn has_windows() -> bool {
+    #[cfg(kvmmem_selftest)]
+    return parameters::force_window.value();
+    #[cfg(not(kvmmem_selftest))]
+    false
+}
+
+/// The page that stands in for the host's answer: the request's first byte is its number.
+pub(crate) fn descriptor(_request: &[u8]) -> Option<u64> {
+    #[cfg(kvmmem_selftest)]
+    if *parameters::test_descriptor.value_ref() != 0 {
+        let number = u64::from(*_request.first()?);
+        return Some(parameters::test_descriptor.value() + number * PAGE_SIZE);
     }
+    None
+}
 
-    pub(crate) fn has_windows() -> bool {
-        parameters::force_window.value()
+pub(crate) fn ioctl(_cmd: u32, _arg: usize) -> Result {
+    #[cfg(kvmmem_selftest)]
+    if _cmd == FAIL_MAPPINGS {
+        SUCCESSES.store(_arg as i64 >> 16, Relaxed);
+        FAILURES.store(_arg as i64 & 0xffff, Relaxed);
+        return Ok(());
     }
+    Err(ENOTTY)
+}
 
-    /// The page that stands in for the host's answer: the request's first byte is its number.
-    pub(crate) fn descriptor(request: &[u8]) -> Option<u64> {
-        let first = parameters::test_descriptor.value();
-        let number = u64::from(*request.first()?);
-        (first != 0).then_some(first + number * PAGE_SIZE)
-    }
-
-    pub(crate) fn ioctl(cmd: u32, arg: usize) -> Result {
-        if cmd != FAIL_MAPPINGS {
-            return Err(ENOTTY);
-        }
-        SUCCESSES.store(arg as i64 >> 16, Relaxed);
-        FAILURES.store(arg as i64 & 0xffff, Relaxed);
-        Ok(())
-    }
-
-    /// `ENOMEM`, as often as was asked for.
-    pub(crate) fn map_memory() -> Result {
+/// `ENOMEM`, as often as was asked for.
+pub(crate) fn map_memory() -> Result {
+    #[cfg(kvmmem_selftest)]
+    {
         if SUCCESSES.load(Relaxed) > 0 && SUCCESSES.fetch_add(-1, Relaxed) > 0 {
             return Ok(());
         }
         if FAILURES.load(Relaxed) > 0 && FAILURES.fetch_add(-1, Relaxed) > 0 {
             return Err(ENOMEM);
         }
-        Ok(())
     }
-}
-
-#[cfg(not(kvmmem_selftest))]
-pub(crate) use nothing::*;
-
-#[cfg(not(kvmmem_selftest))]
-mod nothing {
-    use kernel::prelude::*;
-
-    use crate::sys::call::Method;
-
-    pub(crate) fn method() -> Option<Method> {
-        None
-    }
-
-    pub(crate) fn has_windows() -> bool {
-        false
-    }
-
-    pub(crate) fn descriptor(_request: &[u8]) -> Option<u64> {
-        None
-    }
-
-    pub(crate) fn ioctl(_cmd: u32, _arg: usize) -> Result {
-        Err(ENOTTY)
-    }
-
-    pub(crate) fn map_memory() -> Result {
-        Ok(())
-    }
+    Ok(())
 }

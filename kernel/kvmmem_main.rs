@@ -3,9 +3,9 @@
 //! another virtual machine, through a view or page by page in place of its own memory (v1).
 //!
 //! Layers of a view, outermost first: [`device`] (system calls), [`native`] or [`regions`] (the two
-//! sets of ioctls), [`file`] (the open file's view), [`view`] (its contents at a generation),
-//! [`attachment`] (the host's side, read by a [`snapshot`] of its descriptor), [`window`] (the
-//! memory). [`watch`] notices the host's changes.
+//! sets of ioctls), [`view`] and [`transfer`] (mmap, faults, poll; read, write, lseek), [`contents`]
+//! (what it shows at a generation), [`attachment`] (the host's side, read by a [`snapshot`] of its
+//! descriptor), [`window`] (the memory). [`watch`] notices the host's changes.
 //!
 //! Without hypercalls, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor
 //! and its windows), [`slots`] (all slots, and the one that a token claims).
@@ -17,13 +17,13 @@
 //!
 //! Locks, outermost first. Two locks are held together only if one line names both:
 //!
-//! - `ViewFile::attaching`, while the host opens or closes the file's view; then
-//!   `ViewFile::regions` or `ViewFile::view`, then those below.
-//! - `View::changing`, while a change of the host's is followed; then the device's `i_mmap_rwsem`
-//!   (zapping), and `View::now` by itself, or `SLOTS` and then `Slot::state`.
-//! - a process's `mmap_lock` or an area's lock (mmap, munmap, fault); then `ViewFile::view`,
-//!   `ViewFile::regions`, `View::changing` (mmap only) and `View::now`, and under `View::now`
-//!   `Window::mapping`, or `Slot::state`, and the page tables' locks.
+//! - `OpenFile::making`, by itself.
+//! - `View::attaching`, while the host opens or closes the file's view; then `View::regions` by
+//!   itself, or `View::changing` and those below.
+//! - `View::changing`, while the contents are replaced; then `SLOTS` and `Slot::state`, or the
+//!   device's `i_mmap_rwsem` (zapping).
+//! - a process's `mmap_lock` or an area's lock: in mmap then `View::changing`, or a reader of the
+//!   contents and `View::regions`; in a fault a reader of the contents and the page tables' locks.
 //! - a PCI device's lock (probe, unbind); then `SLOTS`, and then the `Slot::state` of one slot at a
 //!   time.
 //! - `CACHING`, under any of them, while memory is mapped into the kernel.
@@ -35,15 +35,16 @@
 //! in progress.
 //!
 //! User memory is never accessed under any of them: it may be a mapping of this very device. The
-//! host opens views under `attaching` and looks for data (SEEK) under no lock. It closes a view
-//! when the last reference is dropped, which may be in a fault or an munmap, under `mmap_lock`.
+//! host opens and closes views under `attaching`, or when the last file is closed, and looks for
+//! data (SEEK) under no lock.
 //!
-//! Two places wait for the last user of a window's memory: `View::replace` under `changing`, and
-//! the unbinding of its function under the PCI device's lock. So code with a reference to a window
-//! (an `Arc<Window>`, which keeps its `Arc<Bar>`s) takes neither of these two locks and never waits
-//! for user memory: copies are made without page faults, and missing pages are faulted in between.
-//! The view drops its window by itself, since its work looks at the slot every 4 ms while a window
-//! of PCI devices is mapped. So unbinding need not find the view, and no view is found by its slot.
+//! Readers of a view's contents ([`sys::published`]) are no lock for each other. Two places wait for
+//! them: `View::replace` under `changing`, and the unbinding of a window's function under the PCI
+//! device's lock, which waits for the contents that use the window. So a reader takes neither of
+//! these two locks and never waits for user memory: copies are made without page faults, and
+//! missing pages are faulted in between. The view replaces its contents by itself, since its work
+//! looks at the slot every 4 ms while a window of PCI devices is mapped. So unbinding need not find the view, and
+//! no view is found by its slot.
 //!
 //! Only `sys/` has unsafe code; `shim.c` wraps macros and inline functions of the kernel.
 #![deny(unsafe_code)]
@@ -66,9 +67,9 @@ use crate::sys::power::PowerHook;
 #[allow(unreachable_pub, dead_code)]
 mod abi;
 mod attachment;
+mod contents;
 mod device;
 mod devices;
-mod file;
 mod hypercall;
 mod knobs;
 mod native;
@@ -77,7 +78,6 @@ mod page_file;
 mod power;
 mod process;
 mod regions;
-mod release;
 mod slot;
 mod slots;
 mod snapshot;
@@ -86,63 +86,56 @@ mod stats;
 mod sys;
 #[allow(unreachable_pub, dead_code)]
 mod table;
+mod transfer;
 mod tree;
 mod view;
 mod watch;
 mod window;
 
-#[cfg(not(kvmmem_selftest))]
-module! {
-    type: Kvmmem,
-    name: "kvmmem",
-    authors: ["The kvmmem developers"],
-    description: "Map the memory of other virtual machines",
-    license: "GPL v2",
-    params: {
-        max_pages_per_file: u64 {
-            default: 65536,
-            description: "Most pages that one open file may have mapped",
-        },
-        regions: bool {
-            default: true,
-            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
-        },
-    },
+macro_rules! kvmmem {
+    ($($selftest:tt)*) => {
+        module! {
+            type: Kvmmem,
+            name: "kvmmem",
+            authors: ["The kvmmem developers"],
+            description: "Map the memory of other virtual machines",
+            license: "GPL v2",
+            params: {
+                max_pages_per_file: u64 {
+                    default: 65536,
+                    description: "Most pages that one open file may have mapped",
+                },
+                regions: bool {
+                    default: true,
+                    description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
+                },
+                $($selftest)*
+            },
+        }
+    };
 }
 
-// The same, and what the selftest forces upon it: see `knobs`.
+#[cfg(not(kvmmem_selftest))]
+kvmmem! {}
+
+// What the selftest forces upon the module: see `knobs`.
 #[cfg(kvmmem_selftest)]
-module! {
-    type: Kvmmem,
-    name: "kvmmem",
-    authors: ["The kvmmem developers"],
-    description: "Map the memory of other virtual machines (selftest)",
-    license: "GPL v2",
-    params: {
-        max_pages_per_file: u64 {
-            default: 65536,
-            description: "Most pages that one open file may have mapped",
-        },
-        regions: bool {
-            default: true,
-            description: "Offer libkvmi's region ioctls (v2) where the host opens views; without them it uses v1",
-        },
-        force_vmcall: bool {
-            default: false,
-            description: "Use vmcall without asking CPUID whether the host serves it",
-        },
-        force_port: u16 {
-            default: 0,
-            description: "Use this doorbell port without asking CPUID whether the host serves it",
-        },
-        force_window: bool {
-            default: false,
-            description: "With force_port: the host opens views",
-        },
-        test_descriptor: u64 {
-            default: 0,
-            description: "With force_port: GPA of the first of the descriptor pages that stand in for the host's answers",
-        },
+kvmmem! {
+    force_vmcall: bool {
+        default: false,
+        description: "Use vmcall without asking CPUID whether the host serves it",
+    },
+    force_port: u16 {
+        default: 0,
+        description: "Use this doorbell port without asking CPUID whether the host serves it",
+    },
+    force_window: bool {
+        default: false,
+        description: "With force_port: the host opens views",
+    },
+    test_descriptor: u64 {
+        default: 0,
+        description: "With force_port: GPA of the first of the descriptor pages that stand in for the host's answers",
     },
 }
 

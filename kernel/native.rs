@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! Ioctls of views ([`crate::abi::native`]): INFO, ATTACH, RANGES, DETACH, STATS.
 
-use kernel::fs::File;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::descriptor::MAX_RANGES;
@@ -11,10 +11,11 @@ use crate::abi::native::{
     FEATURE_HUGE_2M, FEATURE_REGIONS, FEATURE_SEEK, FEATURE_VIEWS, VERSION,
 };
 use crate::attachment::AttachCall;
-use crate::file::ViewFile;
+use crate::contents::Contents;
 use crate::hypercall::{self, Transport};
 use crate::power::UseGuard;
 use crate::sys::cpu::has_1g_pages;
+use crate::view::View;
 use crate::watch;
 
 /// INFO: what there is.
@@ -40,9 +41,9 @@ pub(crate) fn info(to: UserPtr) -> Result {
     UserSlice::new(to, size_of::<Info>()).writer().write(&info)
 }
 
-impl ViewFile {
+impl View {
     /// ATTACH: `EISCONN` where the file has a view, `EINVAL` for unknown flags.
-    pub(crate) fn attach(&self, file: &File, from: UserPtr) -> Result {
+    pub(crate) fn attach(self: &Arc<Self>, from: UserPtr) -> Result {
         let mut reader = UserSlice::new(from, size_of::<Attach>()).reader();
         let call = AttachCall::read_token(&mut reader)?;
         let (view_flags, reserved) = (reader.read::<u32>()?, reader.read::<u32>()?);
@@ -50,12 +51,11 @@ impl ViewFile {
             return Err(EINVAL);
         }
         let _one = self.attaching.lock();
-        if self.has_view() || self.regions.lock().is_open() {
+        if self.contents().session().is_ok() || self.regions.lock().is_open() {
             return Err(EISCONN);
         }
         let _beginning = UseGuard::begin()?;
-        let view = self.open_view(file, call, view_flags)?;
-        self.set_view(view);
+        self.set(Contents::open(call, view_flags)?);
         Ok(())
     }
 
@@ -63,11 +63,12 @@ impl ViewFile {
     pub(crate) fn ranges(&self, at: UserPtr) -> Result {
         let (mut reader, mut writer) = UserSlice::new(at, size_of::<Ranges>()).reader_writer();
         let mut answer = reader.read::<Ranges>()?;
-        let contents = self.view()?.take_event();
-        answer.generation = contents.generation;
-        answer.state = contents.state();
-        answer.rights = contents.rights;
-        answer.uuid = contents.uuid;
+        let contents = self.take_event();
+        contents.session()?;
+        answer.generation = contents.descriptor.generation;
+        answer.state = contents.descriptor.state;
+        answer.rights = contents.descriptor.rights;
+        answer.uuid = contents.descriptor.uuid;
         let mut ranges = KVec::new();
         if let Ok(window) = &contents.window {
             ranges.reserve(window.ranges().len(), GFP_KERNEL)?;
@@ -75,8 +76,7 @@ impl ViewFile {
                 ranges.push(range, GFP_KERNEL)?;
             }
         }
-        // Whoever takes the windows away waits for those who use them; writing to user memory may
-        // take any time.
+        // The host's next change waits for the reader; writing to user memory may take any time.
         drop(contents);
         answer.count = ranges.len() as u32;
         let room = UserPtr::from_addr(usize::try_from(answer.ranges)?);
@@ -98,17 +98,19 @@ impl ViewFile {
 
     /// STATS.
     pub(crate) fn stats(&self, to: UserPtr) -> Result {
-        let view = self.view()?;
+        let contents = self.contents();
+        let session = contents.session()?;
         let stats = Stats {
-            faults_4k: view.faults.small.value(),
-            faults_2m: view.faults.huge_2m.value(),
-            faults_1g: view.faults.huge_1g.value(),
-            faults_refused: view.faults.refused.value(),
-            read_bytes: view.read_bytes.value(),
-            written_bytes: view.written_bytes.value(),
-            events: view.events.value(),
-            instance: view.contents().instance,
+            faults_4k: session.faults.small.value(),
+            faults_2m: session.faults.huge_2m.value(),
+            faults_1g: session.faults.huge_1g.value(),
+            faults_refused: session.faults.refused.value(),
+            read_bytes: session.read_bytes.value(),
+            written_bytes: session.written_bytes.value(),
+            events: session.events.value(),
+            instance: contents.descriptor.instance,
         };
+        drop(contents);
         UserSlice::new(to, size_of::<Stats>())
             .writer()
             .write(&stats)

@@ -5,26 +5,25 @@ use kernel::mm::virt::{flags, VmaRef};
 use kernel::mm::MmWithUser;
 use kernel::prelude::*;
 
-use crate::hypercall::{self, Request};
+use crate::abi::ioctl::MemMap;
+use crate::hypercall;
 use crate::power::UseGuard;
 use crate::stats;
-use crate::sys::charge::MemlockCharge;
 use crate::sys::pin::{is_anonymous, PinnedPage, ReplacedPage};
 use crate::table::ops::Page;
 
-/// A page that shows a target's memory, with its charge to the owner's RLIMIT_MEMLOCK.
+/// A page that shows a target's memory.
 pub(crate) struct ForeignPage {
     page: ReplacedPage,
-    charge: MemlockCharge,
     is_quarantined: bool,
 }
 
 impl ForeignPage {
-    /// Replaces the page at `gva` of the calling process by the one that `request` asks for.
-    pub(crate) fn new(mm: &MmWithUser, gva: usize, request: &Request) -> Result<Self> {
-        let charge = MemlockCharge::new(mm)?;
+    /// Replaces a page of the calling process as `request` asks for.
+    pub(crate) fn new(mm: &MmWithUser, request: &MemMap) -> Result<Self> {
+        let gva = request.gva as usize;
         check_memory(mm, gva)?;
-        let page = PinnedPage::pin(gva)?;
+        let page = PinnedPage::pin(mm, gva)?;
         // The memory may have changed hands since it was looked at: what counts is the page that
         // was pinned.
         if !page.is_anonymous() {
@@ -32,7 +31,7 @@ impl ForeignPage {
         }
         let _beginning = UseGuard::begin()?;
         let page = page
-            .replace(hypercall::method()?, request.token(), request.addresses().0)
+            .replace(hypercall::method()?, &request.token, request.gpa)
             .map_err(|answer| {
                 stats::REFUSED.add_one();
                 hypercall::error(answer)
@@ -41,7 +40,6 @@ impl ForeignPage {
         stats::MAPPED.add_one();
         Ok(Self {
             page,
-            charge,
             is_quarantined: false,
         })
     }
@@ -51,7 +49,6 @@ impl Page for ForeignPage {
     fn undo(self) -> Result<(), Self> {
         let Self {
             page,
-            charge,
             is_quarantined,
         } = self;
         let counter = if is_quarantined {
@@ -66,7 +63,7 @@ impl Page for ForeignPage {
         match restored {
             Ok(pinned) => {
                 counter.subtract_one();
-                drop((pinned, charge));
+                drop(pinned);
                 Ok(())
             }
             Err(page) => {
@@ -77,7 +74,6 @@ impl Page for ForeignPage {
                 }
                 Err(Self {
                     page,
-                    charge,
                     is_quarantined: true,
                 })
             }

@@ -10,14 +10,16 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::{new_mutex, Mutex, SetOnce};
-use kernel::uaccess::UserPtr;
+use kernel::transmute::AsBytes;
+use kernel::uaccess::{UserPtr, UserSlice};
 
-use crate::abi::ioctl::PAGE_SIZE;
-use crate::hypercall::{self, Request};
+use crate::abi::ioctl::{MemMap, PAGE_SIZE};
+use crate::hypercall;
 use crate::page::ForeignPage;
 use crate::process::{Process, PROCESSES};
 use crate::sys::notifier::MmRef;
 use crate::sys::pin::is_user_page;
+use crate::sys::secret::Secret;
 use crate::table::ops::{self, Shared};
 use crate::table::record::{ReserveError, UnmapError, Usage};
 use crate::tree;
@@ -50,16 +52,15 @@ pub(crate) struct PageFile {
 
 impl PageFile {
     /// Without an account. `EINVAL` for a kernel thread.
-    pub(crate) fn new() -> Result<Pin<KBox<Self>>> {
+    pub(crate) fn new() -> Result<impl PinInit<Self>> {
         let task = current!();
         let mm: &Mm = task.mm().ok_or(EINVAL)?;
         let mm = ARef::from(mm);
-        let file = pin_init!(Self {
+        Ok(pin_init!(Self {
             mm,
             account: SetOnce::new(),
             joining <- new_mutex!((), "kvmmem_joining"),
-        });
-        KBox::pin_init(file, GFP_KERNEL_ACCOUNT)
+        }))
     }
 
     /// MAP of v1.
@@ -67,15 +68,19 @@ impl PageFile {
         hypercall::method()?;
         let task = current!();
         let mm = self.opener(task.mm())?;
-        let request = Request::read(UserPtr::from_addr(arg))?;
-        let (gpa, gva) = request.addresses();
+        // In kernel memory, from which the host reads the token.
+        let mut request = Secret::<MemMap>::zeroed()?;
+        UserSlice::new(UserPtr::from_addr(arg), MemMap::SIZE)
+            .reader()
+            .read_slice(request.as_bytes_mut())?;
+        let (gpa, gva) = (request.gpa, request.gva);
         if gpa % PAGE_SIZE != 0 || gva % PAGE_SIZE != 0 || !is_user_page(mm, gva) {
             return Err(EINVAL);
         }
         let slot = tree::slot()?;
         let account = self.account()?;
         ops::map(&*account.process, slot, gva, account.owner, || {
-            ForeignPage::new(mm, gva as usize, &request)
+            ForeignPage::new(mm, &request)
         })
     }
 

@@ -4,6 +4,7 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/pci.h>
+#include <linux/reboot.h>
 #include <linux/sched/signal.h>
 #include <linux/suspend.h>
 #include <linux/uaccess.h>
@@ -68,6 +69,16 @@ struct mmu_notifier *kvmmem_notifier_get(const struct mmu_notifier_ops *ops, str
 	return mmu_notifier_get(ops, mm);
 }
 
+int kvmmem_register_reboot_notifier(struct notifier_block *block)
+{
+	return register_reboot_notifier(block);
+}
+
+int kvmmem_unregister_reboot_notifier(struct notifier_block *block)
+{
+	return unregister_reboot_notifier(block);
+}
+
 int kvmmem_register_pm_notifier(struct notifier_block *block)
 {
 	return register_pm_notifier(block);
@@ -81,6 +92,11 @@ int kvmmem_unregister_pm_notifier(struct notifier_block *block)
 int kvmmem_pci_domain(struct pci_dev *device)
 {
 	return pci_domain_nr(device->bus);
+}
+
+void kvmmem_set_pfnmap(struct vm_area_struct *vma)
+{
+	vm_flags_set(vma, VM_PFNMAP);
 }
 
 void kvmmem_pagefault_disable(void)

@@ -6,12 +6,11 @@
 //! changes.
 
 use kernel::prelude::*;
-use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::sync::{new_mutex, Arc, Completion, Mutex};
 use kernel::time::Jiffies;
 use kernel::workqueue::{self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem};
 
 use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
-use crate::release::{Release, ReleaseWaiter};
 use crate::slots;
 use crate::snapshot::PageCopy;
 use crate::stats;
@@ -21,9 +20,11 @@ use crate::watch;
 
 /// BAR 2 of a function that is a window. Nothing maps it any more when the last reference is gone.
 pub(crate) struct Bar {
-    start: u64,
-    len: u64,
-    release: Release,
+    /// Its first address in this machine.
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// Completed when the last reference is gone.
+    pub(crate) unused: Arc<Completion>,
 }
 
 impl Bar {
@@ -32,24 +33,16 @@ impl Bar {
             Self {
                 start,
                 len,
-                release: Release::new()?,
+                unused: Arc::pin_init(Completion::new(), GFP_KERNEL)?,
             },
             GFP_KERNEL,
         )?)
     }
+}
 
-    /// Its first address in this machine.
-    pub(crate) fn start(&self) -> u64 {
-        self.start
-    }
-
-    pub(crate) fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// What tells that the last reference is gone.
-    pub(crate) fn waiter(&self) -> ReleaseWaiter {
-        self.release.waiter()
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.unused.complete_all();
     }
 }
 
@@ -241,9 +234,8 @@ impl Slot {
         };
     }
 
-    /// The digest and a copy of the page, which is `None` while the host changes it. Of a view's
-    /// first slot only.
-    pub(crate) fn copy(&self) -> Option<([u8; 32], Result<Option<PageCopy>>)> {
+    /// The digest and a copy of the page. Of a view's first slot only.
+    pub(crate) fn copy(&self) -> Option<([u8; 32], Result<PageCopy>)> {
         let state = self.state.lock();
         let head = state.head.as_ref().filter(|head| head.number == 0)?;
         Some((head.digest, PageCopy::of(&head.page)))

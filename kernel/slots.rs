@@ -7,7 +7,7 @@ use core::ops::Deref;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-use crate::abi::descriptor::{COMPLAINT_INVALID, SLOT_WINDOWS};
+use crate::abi::descriptor::{DescriptorError, COMPLAINT_INVALID, SLOT_WINDOWS};
 use crate::slot::{Head, Slot, Window};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::sys::lock::StaticMutex;
@@ -109,28 +109,24 @@ fn window(slots: &Slots, digest: &[u8; 32], number: u32) -> Option<Window> {
 /// by the slot's work.
 pub(crate) fn check(slot: &Slot) {
     let slots = SLOTS.lock();
-    // Only allocating can fail: then it is tried again.
-    let Some((digest, Ok(Some(copy)))) = slot.copy() else {
+    // Otherwise it is tried again.
+    let Some((digest, Ok(copy))) = slot.copy() else {
         return;
     };
     match look(&slots, &digest, &copy) {
-        Ok(Some(snapshot)) => slot.report(snapshot.descriptor.generation),
+        Ok(snapshot) => slot.report(snapshot.descriptor.generation),
         Err(Some(complaint)) => slot.complain(complaint),
-        Ok(None) | Err(None) => {}
+        Err(None) => {}
     }
 }
 
-/// The descriptor, if all of its windows are there. `Err(None)` where something is still missing,
-/// else what there is to complain of.
-fn look(
-    slots: &Slots,
-    digest: &[u8; 32],
-    copy: &PageCopy,
-) -> Result<Option<Snapshot>, Option<u32>> {
+/// The descriptor, if all of its windows are there. `Err(None)` where something is still missing or
+/// the host is changing the page, else what there is to complain of.
+fn look(slots: &Slots, digest: &[u8; 32], copy: &PageCopy) -> Result<Snapshot, Option<u32>> {
     let missing = Cell::new(false);
     let complaint = Cell::new(None);
     let checked = Snapshot::check_plugged(copy, |number| match window(slots, digest, number) {
-        Some(Ok(bar)) => Some(bar.len()),
+        Some(Ok(bar)) => Some(bar.len),
         Some(Err(why)) => {
             complaint.set(Some(why));
             None
@@ -140,16 +136,15 @@ fn look(
             None
         }
     });
-    match checked {
-        Ok(snapshot) => Ok(snapshot),
-        Err(CheckError::Memory) => Err(None),
-        Err(CheckError::Descriptor(_)) if complaint.get().is_some() => Err(complaint.get()),
-        Err(CheckError::Descriptor(_)) if missing.get() => Err(None),
-        Err(error) => {
-            error.lie();
-            Err(Some(COMPLAINT_INVALID))
+    checked.map_err(|error| match error {
+        CheckError::Memory | CheckError::Descriptor(DescriptorError::Changing) => None,
+        _ if complaint.get().is_some() => complaint.get(),
+        _ if missing.get() => None,
+        error => {
+            error.report();
+            Some(COMPLAINT_INVALID)
         }
-    }
+    })
 }
 
 /// A slot that a file has. No other file gets it, also not later.
@@ -173,11 +168,6 @@ pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
 }
 
 impl Claim {
-    /// The file uses nothing of it any more.
-    pub(crate) fn let_go(&self) {
-        self.slot.let_go();
-    }
-
     /// The file did not come to use it: another one may take it.
     pub(crate) fn put_back(mut self) {
         self.is_held = false;
@@ -189,17 +179,17 @@ impl Claim {
         let digest = self.digest()?;
         let bar = window(&SLOTS.lock(), &digest, number)?.ok()?;
         Some(Extent {
-            start: bar.start(),
-            len: bar.len(),
+            start: bar.start,
+            len: bar.len,
             bar: Some(bar),
         })
     }
 }
 
 impl Deref for Claim {
-    type Target = Slot;
+    type Target = Arc<Slot>;
 
-    fn deref(&self) -> &Slot {
+    fn deref(&self) -> &Arc<Slot> {
         &self.slot
     }
 }

@@ -14,16 +14,18 @@ use crate::sys::memory::Memory;
 pub(crate) struct PageCopy(KBox<[u8; SIZE]>);
 
 impl PageCopy {
-    /// Copies the page. `None` while the host is changing it.
-    pub(crate) fn of(page: &Memory) -> Result<Option<Self>> {
+    /// Copies the page. `EAGAIN` while the host is changing it.
+    pub(crate) fn of(page: &Memory) -> Result<Self> {
         let mut copy = KBox::new([0; SIZE], GFP_KERNEL)?;
         let generation = page.read_u64(GENERATION_AT);
         for (index, word) in copy.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&page.read_u64(8 * index).to_le_bytes());
         }
         // x86 reads in the order of the program, and volatile reads stay in it.
-        let is_stable = page.read_u64(GENERATION_AT) == generation;
-        Ok(is_stable.then_some(Self(copy)))
+        if page.read_u64(GENERATION_AT) != generation {
+            return Err(EAGAIN);
+        }
+        Ok(Self(copy))
     }
 }
 
@@ -40,10 +42,12 @@ pub(crate) enum CheckError {
 }
 
 impl CheckError {
-    /// Counts and logs it as an answer that cannot be: `EIO`.
-    pub(crate) fn lie(self) -> Error {
+    /// The error for a tool: `EAGAIN` while the host is changing the page, `ENOMEM`, or `EIO` for
+    /// an answer that cannot be, which is counted and logged.
+    pub(crate) fn report(self) -> Error {
         match self {
             Self::Memory => ENOMEM,
+            Self::Descriptor(DescriptorError::Changing) => EAGAIN,
             Self::Descriptor(error) => {
                 stats::lie(reason(error));
                 EIO
@@ -54,37 +58,30 @@ impl CheckError {
 
 impl Snapshot {
     /// Checks a copy of a descriptor whose only window it places itself, as a hypercall's does.
-    /// `None` where the host was changing the page.
-    pub(crate) fn check_opened(copy: &PageCopy) -> Result<Option<Self>, CheckError> {
+    pub(crate) fn check_opened(copy: &PageCopy) -> Result<Self, CheckError> {
         Self::check(copy, |_| None)
     }
 
     /// Checks a copy of a descriptor whose windows are PCI devices, of the lengths that `windows`
-    /// tells. `None` where the host was changing the page.
+    /// tells.
     pub(crate) fn check_plugged(
         copy: &PageCopy,
         windows: impl Fn(u32) -> Option<u64>,
-    ) -> Result<Option<Self>, CheckError> {
-        match Self::check(copy, windows)? {
+    ) -> Result<Self, CheckError> {
+        let snapshot = Self::check(copy, windows)?;
+        if snapshot.descriptor.window_gpa != 0 {
             // It would be believed where there is memory.
-            Some(snapshot) if snapshot.descriptor.window_gpa != 0 => {
-                Err(CheckError::Descriptor(DescriptorError::Header))
-            }
-            checked => Ok(checked),
+            return Err(CheckError::Descriptor(DescriptorError::Header));
         }
+        Ok(snapshot)
     }
 
-    fn check(
-        copy: &PageCopy,
-        windows: impl Fn(u32) -> Option<u64>,
-    ) -> Result<Option<Self>, CheckError> {
+    fn check(copy: &PageCopy, windows: impl Fn(u32) -> Option<u64>) -> Result<Self, CheckError> {
         let ranges = KBox::new([WindowRange::default(); MAX_RANGES], GFP_KERNEL);
         let mut ranges = ranges.map_err(|_| CheckError::Memory)?;
-        match Descriptor::read(&copy.0, &mut ranges, windows) {
-            Ok(descriptor) => Ok(Some(Self { descriptor, ranges })),
-            Err(DescriptorError::Changing) => Ok(None),
-            Err(error) => Err(CheckError::Descriptor(error)),
-        }
+        let descriptor =
+            Descriptor::read(&copy.0, &mut ranges, windows).map_err(CheckError::Descriptor)?;
+        Ok(Self { descriptor, ranges })
     }
 
     pub(crate) fn ranges(&self) -> &[WindowRange] {

@@ -34,24 +34,36 @@ impl Counter {
     }
 }
 
-/// Pages that show a target's memory now.
-pub(crate) static MAPPED: Counter = Counter::new();
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident, $text:literal;)*) => {
+        $($(#[$doc])* pub(crate) static $name: Counter = Counter::new();)*
 
-/// Pages whose undo the host refused. Those of processes that are gone stay counted: they are never
-/// used again.
-pub(crate) static QUARANTINED: Counter = Counter::new();
+        /// Each counter and its name in debugfs.
+        static COUNTERS: &[(&str, &Counter)] = &[$(($text, &$name)),*];
+    };
+}
 
-/// Requests that the host refused, to map or to undo, since the module was loaded.
-pub(crate) static REFUSED: Counter = Counter::new();
-
-/// Pages mapped since the module was loaded.
-pub(crate) static TOTAL: Counter = Counter::new();
-
-/// Views that are open.
-pub(crate) static VIEWS: Counter = Counter::new();
-
-/// Views that the host refused to close.
-pub(crate) static VIEWS_QUARANTINED: Counter = Counter::new();
+counters! {
+    /// Pages that show a target's memory now.
+    MAPPED, "mapped";
+    /// Pages whose undo the host refused. Those of processes that are gone stay counted: they are
+    /// never used again.
+    QUARANTINED, "quarantined";
+    /// Requests that the host refused, to map or to undo, since the module was loaded.
+    REFUSED, "refused";
+    /// Pages mapped since the module was loaded.
+    TOTAL, "total";
+    /// Views that are open.
+    VIEWS, "views";
+    /// Views that the host refused to close.
+    VIEWS_QUARANTINED, "views-quarantined";
+    /// Changes of views that the host made since the module was loaded.
+    EVENTS, "events";
+    /// Answers of the host that cannot be, since the module was loaded.
+    INVALID_ANSWERS, "invalid_answers";
+    /// Complaints about slots, since the module was loaded.
+    COMPLAINTS, "complaints";
+}
 
 /// Whether this machine has memory of a target, in a page or in a view.
 pub(crate) fn is_used() -> bool {
@@ -60,17 +72,8 @@ pub(crate) fn is_used() -> bool {
         .any(|count| count.value() > 0)
 }
 
-/// Complaints about slots, since the module was loaded.
-static COMPLAINTS: Counter = Counter::new();
-
-/// Changes of views that the host made since the module was loaded.
-pub(crate) static EVENTS: Counter = Counter::new();
-
 /// Faults of all views since the module was loaded.
 static FAULTS: Faults = Faults::new();
-
-/// Answers of the host that cannot be, since the module was loaded.
-static INVALID_ANSWERS: Counter = Counter::new();
 
 /// Faults by the size of the page.
 pub(crate) struct Faults {
@@ -146,18 +149,12 @@ pub(crate) struct Report;
 
 impl Writer for Report {
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "mapped {}", MAPPED.value())?;
-        writeln!(f, "quarantined {}", QUARANTINED.value())?;
-        writeln!(f, "refused {}", REFUSED.value())?;
-        writeln!(f, "total {}", TOTAL.value())?;
-        writeln!(f, "views {}", VIEWS.value())?;
-        writeln!(f, "views-quarantined {}", VIEWS_QUARANTINED.value())?;
+        for (name, counter) in COUNTERS {
+            writeln!(f, "{name} {}", counter.value())?;
+        }
         writeln!(f, "faults-4k {}", FAULTS.small.value())?;
         writeln!(f, "faults-2m {}", FAULTS.huge_2m.value())?;
         writeln!(f, "faults-1g {}", FAULTS.huge_1g.value())?;
-        writeln!(f, "faults-refused {}", FAULTS.refused.value())?;
-        writeln!(f, "events {}", EVENTS.value())?;
-        writeln!(f, "invalid_answers {}", INVALID_ANSWERS.value())?;
-        writeln!(f, "complaints {}", COMPLAINTS.value())
+        writeln!(f, "faults-refused {}", FAULTS.refused.value())
     }
 }

@@ -7,7 +7,6 @@
 
 pub(crate) mod area;
 pub(crate) mod call;
-pub(crate) mod charge;
 pub(crate) mod cpu;
 pub(crate) mod interrupt;
 pub(crate) mod iter;
@@ -20,6 +19,7 @@ pub(crate) mod pci;
 pub(crate) mod pin;
 mod plain;
 pub(crate) mod power;
+pub(crate) mod published;
 pub(crate) mod secret;
 pub(crate) mod task;
 pub(crate) mod work;

@@ -10,7 +10,6 @@ use kernel::time::{msecs_to_jiffies, Jiffies};
 use kernel::workqueue::{self, impl_has_delayed_work, WorkItem};
 
 use crate::hypercall;
-use crate::stats;
 use crate::sys::interrupt::{InterruptHandler, Interrupted};
 use crate::sys::work;
 use crate::view::View;
@@ -51,9 +50,8 @@ impl WorkItem for View {
         if is_followed && this.has_interrupt.load(Relaxed) {
             return;
         }
-        if this.with(|contents| contents.window.is_ok()) {
-            // An error says that it is queued already.
-            let _ = workqueue::system_power_efficient().enqueue_delayed(this, delay());
+        if this.contents().window.is_ok() {
+            this.watch(delay());
         }
     }
 }
@@ -61,12 +59,25 @@ impl WorkItem for View {
 impl Interrupted for View {
     fn interrupted(this: ArcBorrow<'_, Self>) {
         // Not at once only where a change could not be followed a moment ago.
-        let view: Arc<Self> = this.into();
-        let _ = workqueue::system_power_efficient().enqueue_delayed(view, 0);
+        Arc::from(this).watch(0);
     }
 }
 
-/// A view that is looked after until this is dropped.
+impl View {
+    /// Has the work look from now on. At once where an interrupt may have come before there was
+    /// anything to look at.
+    pub(crate) fn begin_watch(self: &Arc<Self>) {
+        let is_interrupted = self.has_interrupt.load(Relaxed);
+        self.watch(if is_interrupted { 0 } else { delay() });
+    }
+
+    fn watch(self: &Arc<Self>, pause: Jiffies) {
+        // An error says that it is queued already.
+        let _ = workqueue::system_power_efficient().enqueue_delayed(self.clone(), pause);
+    }
+}
+
+/// What an open file has of views, looked after until this is dropped.
 pub(crate) struct WatchedView {
     view: Arc<View>,
     interrupt: Option<InterruptHandler<View>>,
@@ -74,14 +85,10 @@ pub(crate) struct WatchedView {
 
 impl WatchedView {
     pub(crate) fn new(view: Arc<View>) -> Self {
-        stats::VIEWS.add_one();
-        let gsi = hypercall::gsi().filter(|_| view.host().is_hypercall());
         // Without memory for the handler the view is polled.
-        let interrupt = gsi.and_then(|gsi| InterruptHandler::request(gsi, view.clone()).ok());
+        let interrupt =
+            hypercall::gsi().and_then(|gsi| InterruptHandler::request(gsi, view.clone()).ok());
         view.has_interrupt.store(interrupt.is_some(), Relaxed);
-        // What has changed before the handler was there raised no interrupt.
-        let pause = if interrupt.is_some() { 0 } else { delay() };
-        let _ = workqueue::system_power_efficient().enqueue_delayed(view.clone(), pause);
         Self { view, interrupt }
     }
 }
@@ -100,6 +107,5 @@ impl Drop for WatchedView {
         drop(self.interrupt.take());
         // Also so that no work is left when the module goes: it cannot while a file is open.
         work::cancel(&self.view);
-        stats::VIEWS.subtract_one();
     }
 }

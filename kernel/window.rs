@@ -5,12 +5,11 @@
 //! for a large target as for a small one, even if the CPU has no pages of 1 GiB.
 
 use kernel::prelude::*;
-use kernel::sync::{new_mutex, Arc, Mutex, SetOnce};
+use kernel::sync::{Arc, SetOnce};
 
 use crate::abi::native;
 use crate::attachment::Attachment;
 use crate::knobs;
-use crate::release::{Release, ReleaseWaiter};
 use crate::slot::Bar;
 use crate::snapshot::Snapshot;
 use crate::stats;
@@ -74,21 +73,13 @@ impl Piece {
 }
 
 /// Ranges of the target, disjoint and ascending, write-back in the kernel.
-#[pin_data]
-pub(crate) struct Window {
-    pieces: KVec<Piece>,
-    /// One part is mapped at a time.
-    #[pin]
-    mapping: Mutex<()>,
-    // Last, so that nothing is mapped any more when it is dropped.
-    release: Release,
-}
+pub(crate) struct Window(KVec<Piece>);
 
 impl Window {
     /// The windows of a descriptor of `host`. `EIO` where they are RAM of this machine, leave what
     /// the CPU can address, or cannot be cached; `ENOMEM` where this machine has no memory for
     /// it now.
-    pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Arc<Self>> {
+    pub(crate) fn map(host: &Attachment, snapshot: &Snapshot) -> Result<Self> {
         let lie =
             |error| stats::lie_unless_memory(error, "the window is no memory that can be mapped");
         let mut pieces = KVec::with_capacity(snapshot.ranges().len(), GFP_KERNEL_ACCOUNT)?;
@@ -109,10 +100,7 @@ impl Window {
             };
             pieces.push(Piece::new(range, place, window.bar)?, GFP_KERNEL_ACCOUNT)?;
         }
-        let release = Release::new()?;
-        let window =
-            pin_init!(Self { pieces, mapping <- new_mutex!((), "kvmmem_window"), release });
-        let window = Arc::pin_init(window, GFP_KERNEL_ACCOUNT)?;
+        let window = Self(pieces);
         // The beginnings at once, to learn whether they can be mapped.
         for range in window.ranges() {
             window.find(range.gpa).map_err(lie)?;
@@ -120,14 +108,9 @@ impl Window {
         Ok(window)
     }
 
-    /// Signals that the last user is gone.
-    pub(crate) fn waiter(&self) -> ReleaseWaiter {
-        self.release.waiter()
-    }
-
     fn piece_from(&self, gpa: u64) -> Option<&Piece> {
-        self.pieces
-            .get(self.pieces.partition_point(|piece| piece.end() <= gpa))
+        self.0
+            .get(self.0.partition_point(|piece| piece.end() <= gpa))
     }
 
     /// The memory that holds `gpa`, and the offset in it. `ENXIO` where no range does, else why it
@@ -136,14 +119,13 @@ impl Window {
         let piece = self.piece_from(gpa).ok_or(ENXIO)?;
         let offset = gpa.checked_sub(piece.range.gpa).ok_or(ENXIO)?;
         let (part, start, len) = piece.part(offset).ok_or(ENXIO)?;
-        if part.as_ref().is_none() {
-            let _one = self.mapping.lock();
-            if part.as_ref().is_none() {
+        let memory = match part.as_ref() {
+            Some(memory) => memory,
+            None => {
                 knobs::map_memory()?;
-                part.populate(Memory::map(start, len)?);
+                Memory::map_once(part, start, len)?
             }
-        }
-        let memory = part.as_ref().ok_or(ENOMEM)?;
+        };
         Ok((
             memory,
             piece
@@ -166,9 +148,9 @@ impl Window {
     /// The first address at or after `gpa` that is in no range.
     pub(crate) fn first_hole_from(&self, gpa: u64) -> u64 {
         let following = self
-            .pieces
+            .0
             .iter()
-            .skip(self.pieces.partition_point(|piece| piece.end() <= gpa));
+            .skip(self.0.partition_point(|piece| piece.end() <= gpa));
         following.fold(gpa, |at, piece| {
             if piece.range.gpa <= at {
                 at.max(piece.end())
@@ -180,10 +162,10 @@ impl Window {
 
     /// Where the last range ends.
     pub(crate) fn end(&self) -> u64 {
-        self.pieces.last().map_or(0, Piece::end)
+        self.0.last().map_or(0, Piece::end)
     }
 
     pub(crate) fn ranges(&self) -> impl ExactSizeIterator<Item = native::Range> + '_ {
-        self.pieces.iter().map(|piece| piece.range)
+        self.0.iter().map(|piece| piece.range)
     }
 }

@@ -64,6 +64,8 @@ int polled(int fd, int milliseconds);
 int signal_of_read(const volatile char *p);
 int signal_of_write(volatile char *p);
 
+/* Instructions of opening and of faults, for print. */
+void print_costs(void);
 void test_no_views(void);
 void test_attach(void);
 void test_memory_runs_out(void);

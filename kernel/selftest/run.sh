@@ -5,6 +5,7 @@
 #
 # The module is one that was built with KVMMEM_SELFTEST=y. --debug: the kernel was built with debug.config, and its two
 # CPUs run side by side. --minutes, --seed: of the random storm, which is short and always the same otherwise.
+# With COSTS=1 it only counts what some calls cost (costs.c).
 # Succeeds if all checks passed and the kernel complained about nothing. Needs qemu-system-x86, cpio and a C compiler.
 set -eu
 threads=single minutes=0 seed=1 options='' wanted='s/^//'
@@ -56,6 +57,7 @@ ivshmem() {
 set -- $(ivshmem 18.0 page0 1M) $(ivshmem 19.0 page1 1M) $(ivshmem 1a.0 page2 1M) $(ivshmem 1b.0 memory 32M) \
 	$(ivshmem 10.0 page2 4K),multifunction=on $(ivshmem 10.1 memory 2M) "$@"
 mkfifo monitor.in monitor.out commands.in commands.out
+[ -z "${COSTS:-}" ] || set -- "$@" -smp 1 -icount shift=0,sleep=off
 
 # The second serial port is QEMU's monitor: messages of the kernel would get into lines on the first one.
 cat monitor.out >monitor.log &
@@ -64,13 +66,17 @@ cat commands.out >monitor.in &
 timeout $((3600 + minutes * 180)) qemu-system-x86_64 -accel tcg,thread=$threads -cpu qemu64,+pdpe1gb -smp 2 -m 1G,slots=1,maxmem=2G \
 	-nodefaults -display none -no-reboot -serial stdio -serial pipe:commands -device pc-testdev -kernel "$kernel" -initrd initrd \
 	-chardev pipe,id=monitor,path=monitor -mon monitor \
-	-append "console=ttyS0 quiet loglevel=6 panic=-1 no_timer_check memmap=256M\$0x20000000 $options storm_minutes=$minutes storm_seed=$seed" \
+	-append "console=ttyS0 quiet loglevel=6 panic=-1 no_timer_check memmap=256M\$0x20000000 $options storm_minutes=$minutes storm_seed=$seed ${COSTS:+costs}" \
 	"$@" | sed -u 's/\r$//' | tee log
 
 complaint='BUG:|WARNING:|INFO: |ODEBUG|DEBUG_LOCKS|deprecated|Oops|Call Trace|general protection|Kernel panic|unreferenced object'
 if sed -e '/^selftest: crashes on purpose/,/^selftest: the kernel of a crash runs/d' -e "$wanted" log | grep -qE "$complaint"; then
 	echo "selftest: the kernel complained (see above)" >&2
 	exit 1
+fi
+if [ -n "${COSTS:-}" ]; then
+	grep -qE '^selftest: ([0-9]+) of \1 checks passed$' log
+	exit
 fi
 if ! grep -q 'kvmmem: the host gave 2 pages back before the reboot' log; then
 	echo "selftest: the pages that were mapped at last were not given back" >&2

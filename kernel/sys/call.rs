@@ -14,6 +14,7 @@ use crate::abi::hypercall::{
     AttachRequest, AttachResult, ATTACH, DETACH, MEM_MAP, MEM_UNMAP, SEEK, UNMAP_ALL,
     UNMAP_ALL_KEEP, UNMAP_ALL_ZERO,
 };
+use crate::abi::ioctl::MapMemToken;
 
 extern "C" {
     fn kvmmem_vmcall(nr: c_ulong, a0: c_ulong, a1: c_ulong, a2: c_ulong) -> c_long;
@@ -108,13 +109,20 @@ impl Method {
     /// Opens a view.
     pub(crate) fn attach(
         self,
-        request: &[u8; AttachRequest::SIZE],
+        request: &AttachRequest,
         result: &mut AttachResult,
     ) -> Result<(), i64> {
         let result: *mut AttachResult = result;
         // SAFETY: both are borrowed during the call, the result exclusively, and any bytes make an
         // `AttachResult`.
-        unsafe { self.call(ATTACH, request.as_ptr() as u64, result as u64, 0) }
+        unsafe {
+            self.call(
+                ATTACH,
+                core::ptr::from_ref(request) as u64,
+                result as u64,
+                0,
+            )
+        }
     }
 
     /// Closes the view whose descriptor page is at `descriptor_gpa`.
@@ -145,10 +153,16 @@ impl Method {
     ///
     /// No kernel code may rely on the content of the page at `gpa`, which must stay pinned until
     /// [`Self::unmap`] has restored it.
-    pub(super) unsafe fn map(self, token: &[u8; 32], target_gpa: u64, gpa: u64) -> Result<(), i64> {
+    pub(super) unsafe fn map(
+        self,
+        token: &MapMemToken,
+        target_gpa: u64,
+        gpa: u64,
+    ) -> Result<(), i64> {
+        let token = core::ptr::from_ref(token) as u64;
         // SAFETY: the token's 32 bytes are borrowed during the call; by the function's contract the
         // page is pinned and nothing relies on its content.
-        unsafe { self.call(MEM_MAP, token.as_ptr() as u64, target_gpa, gpa) }
+        unsafe { self.call(MEM_MAP, token, target_gpa, gpa) }
     }
 
     /// Restores a page that [`Self::map`] replaced. It holds zeros.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! A process's buffer, copied to or from without page faults. C header: `include/linux/uio.h`.
 
-use core::ffi::c_void;
 use core::marker::PhantomData;
 
 use kernel::bindings;
@@ -32,40 +31,30 @@ pub(crate) trait UserBuffer {
     fn fault_in(&mut self, len: usize) -> bool;
 }
 
-impl UserBuffer for IovIterDest<'_> {
-    unsafe fn copy(&mut self, kernel: *mut u8, len: usize) -> usize {
-        // SAFETY: by the function's contract the bytes are mapped; the iterator is valid.
-        unsafe { bindings::_copy_to_iter(kernel.cast::<c_void>(), len, self.as_raw()) }
-    }
+macro_rules! user_buffer {
+    ($iter:ident, $copy:ident, $fault_in:ident) => {
+        impl UserBuffer for $iter<'_> {
+            unsafe fn copy(&mut self, kernel: *mut u8, len: usize) -> usize {
+                // SAFETY: by the function's contract the bytes are mapped and no reference to them
+                // exists; the iterator is valid.
+                unsafe { bindings::$copy(kernel.cast(), len, self.as_raw()) }
+            }
 
-    unsafe fn revert(&mut self, len: usize) {
-        // SAFETY: by the function's contract the position was advanced by that much.
-        unsafe { IovIterDest::revert(self, len) };
-    }
+            unsafe fn revert(&mut self, len: usize) {
+                // SAFETY: by the function's contract the position was advanced by that much.
+                unsafe { $iter::revert(self, len) };
+            }
 
-    fn fault_in(&mut self, len: usize) -> bool {
-        // SAFETY: the iterator is valid, and system calls, which alone have one, may sleep.
-        unsafe { bindings::fault_in_iov_iter_writeable(self.as_raw(), len) < len }
-    }
+            fn fault_in(&mut self, len: usize) -> bool {
+                // SAFETY: the iterator is valid, and system calls, which alone have one, may sleep.
+                unsafe { bindings::$fault_in(self.as_raw(), len) < len }
+            }
+        }
+    };
 }
 
-impl UserBuffer for IovIterSource<'_> {
-    unsafe fn copy(&mut self, kernel: *mut u8, len: usize) -> usize {
-        // SAFETY: by the function's contract the bytes are mapped and no reference to them exists;
-        // the iterator is valid.
-        unsafe { bindings::_copy_from_iter(kernel.cast::<c_void>(), len, self.as_raw()) }
-    }
-
-    unsafe fn revert(&mut self, len: usize) {
-        // SAFETY: by the function's contract the position was advanced by that much.
-        unsafe { IovIterSource::revert(self, len) };
-    }
-
-    fn fault_in(&mut self, len: usize) -> bool {
-        // SAFETY: the iterator is valid, and system calls, which alone have one, may sleep.
-        unsafe { bindings::fault_in_iov_iter_readable(self.as_raw(), len) < len }
-    }
-}
+user_buffer!(IovIterDest, _copy_to_iter, fault_in_iov_iter_writeable);
+user_buffer!(IovIterSource, _copy_from_iter, fault_in_iov_iter_readable);
 
 /// Makes accesses of this thread to user memory fail where they would need a page. A user of
 /// another machine's memory is done with it in a short time then, whatever the process does with

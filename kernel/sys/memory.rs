@@ -6,6 +6,7 @@ use core::ptr::NonNull;
 
 use kernel::bindings;
 use kernel::prelude::*;
+use kernel::sync::SetOnce;
 
 use super::cpu;
 use super::iter::{NoPageFaults, UserBuffer};
@@ -62,6 +63,21 @@ impl Memory {
     /// cached, `ENOMEM` where there is no room.
     pub(crate) fn map(start: u64, len: u64) -> Result<Self> {
         let _one = CACHING.lock();
+        Self::map_cached(start, len)
+    }
+
+    /// The memory in `place`, mapped as [`Self::map`] does if it is not yet.
+    pub(crate) fn map_once(place: &SetOnce<Self>, start: u64, len: u64) -> Result<&Self> {
+        let _one = CACHING.lock();
+        if place.as_ref().is_none() {
+            place.populate(Self::map_cached(start, len)?);
+        }
+        // Only this function populates, and under the lock.
+        place.as_ref().ok_or(ENOMEM)
+    }
+
+    /// The caller holds `CACHING`.
+    fn map_cached(start: u64, len: u64) -> Result<Self> {
         for flags in [bindings::MEMREMAP_WB, bindings::MEMREMAP_WT] {
             let mut memory = Self::map_as(start, len, flags as usize)?;
             if let Some(is_write_back) = memory.caching() {

@@ -99,7 +99,12 @@ unsafe extern "C" fn llseek<T: Device>(
 ) -> i64 {
     // SAFETY: by the function's contract the private data is what `MiscDevice` put there. The
     // caller holds what guards the position.
-    let (this, current) = unsafe { (KBox::<T>::borrow((*file).private_data), (*file).f_pos) };
+    let (this, current) = unsafe {
+        (
+            <T::Ptr as ForeignOwnable>::borrow((*file).private_data),
+            (*file).f_pos,
+        )
+    };
     match this.seek(current, offset, whence.unsigned_abs()) {
         // SAFETY: the file is open, and the caller holds what guards its position.
         Ok(position) => unsafe { bindings::vfs_setpos(file, position, i64::MAX) },
@@ -117,7 +122,7 @@ unsafe extern "C" fn poll<T: Device>(
     // SAFETY: by the function's contract the private data is what `MiscDevice` put there and the
     // table null or valid. Polling uses no file position.
     let (this, file, table) = unsafe {
-        let this = KBox::<T>::borrow((*file).private_data);
+        let this = <T::Ptr as ForeignOwnable>::borrow((*file).private_data);
         (this, File::from_raw_file(file), PollTable::from_raw(table))
     };
     this.poll(file, &table)
@@ -133,10 +138,10 @@ unsafe extern "C" fn mmap<T: Device>(
     // SAFETY: by the function's contract the private data is what `MiscDevice` put there and the
     // area is being set up for this file.
     let (this, area) = unsafe {
-        let this = KBox::<T>::borrow((*file).private_data);
+        let this = <T::Ptr as ForeignOwnable>::borrow((*file).private_data);
         (this, NewArea::<T>::new(VmaNew::from_raw(vma)))
     };
-    this.map(&area)
+    area.and_then(|area| this.map(&area))
         .map_or_else(|error| error.to_errno(), |()| 0)
 }
 

@@ -9,11 +9,11 @@ use kernel::error::to_result;
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
-// The kernel's own, which `bindings` lacks; those of sleep are inline functions in some kernels.
+// The block is opaque there: only a pointer passes.
 #[allow(improper_ctypes)]
 extern "C" {
-    fn register_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
-    fn unregister_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
+    fn kvmmem_register_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
+    fn kvmmem_unregister_reboot_notifier(block: *mut bindings::notifier_block) -> c_int;
     fn kvmmem_register_pm_notifier(block: *mut bindings::notifier_block) -> c_int;
     fn kvmmem_unregister_pm_notifier(block: *mut bindings::notifier_block) -> c_int;
 }
@@ -70,12 +70,12 @@ impl PowerHook {
         let sleep = Block::new(on_sleep, call)?;
         // SAFETY: the block is on the heap and stays there until it is taken off the chain, here or
         // by `drop`.
-        to_result(unsafe { register_reboot_notifier(down.notifier.get()) })?;
-        // SAFETY: as before.
+        to_result(unsafe { kvmmem_register_reboot_notifier(down.notifier.get()) })?;
+        // SAFETY: the block is on the heap and stays there until `drop` takes it off the chain.
         let result = to_result(unsafe { kvmmem_register_pm_notifier(sleep.notifier.get()) });
         if result.is_err() {
-            // SAFETY: just registered.
-            unsafe { unregister_reboot_notifier(down.notifier.get()) };
+            // SAFETY: just registered. On return the chain does not call it.
+            unsafe { kvmmem_unregister_reboot_notifier(down.notifier.get()) };
         }
         // INVARIANT: just registered, unless an error leaves.
         result.map(|()| Self(down, sleep))
@@ -88,7 +88,7 @@ impl Drop for PowerHook {
         // is under way: a chain's lock is held for writing while a block is taken off.
         unsafe {
             kvmmem_unregister_pm_notifier(self.1.notifier.get());
-            unregister_reboot_notifier(self.0.notifier.get());
+            kvmmem_unregister_reboot_notifier(self.0.notifier.get());
         }
     }
 }
@@ -111,7 +111,7 @@ unsafe extern "C" fn on_reboot(
     _action: usize,
     _data: *mut c_void,
 ) -> c_int {
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract, which is that of `call` too.
     let _ = unsafe { call(notifier, Event::Down) };
     // NOTIFY_DONE.
     0
@@ -132,7 +132,7 @@ unsafe extern "C" fn on_sleep(
     } else {
         Event::Awake
     };
-    // SAFETY: the function's contract.
+    // SAFETY: by the function's contract, which is that of `call` too.
     match unsafe { call(notifier, event) } {
         // NOTIFY_DONE.
         Ok(()) => 0,

@@ -1,43 +1,49 @@
 // SPDX-License-Identifier: GPL-2.0-only
-//! Secret bytes: kept, erased, digested and compared. C header: `include/crypto/sha2.h`.
+//! Secrets: kept, erased, digested and compared. C header: `include/crypto/sha2.h`.
 
 use core::ffi::c_void;
 use core::ops::{Deref, DerefMut};
 
 use kernel::prelude::*;
+use kernel::transmute::{AsBytes, FromBytes};
 
 extern "C" {
     fn kvmmem_sha256(data: *const u8, len: usize, out: *mut u8);
     fn kvmmem_differ(a: *const c_void, b: *const c_void, len: usize) -> bool;
 }
 
-/// Bytes on the heap that are erased when dropped. If `N` is a power of two or less than half a
-/// page, they do not straddle a page: a host can read them where they are.
-pub(crate) struct Secret<const N: usize>(KBox<[u8; N]>);
+/// A structure on the heap that is erased when dropped. Up to half a page large, it does not
+/// straddle pages: a host can read it where it is.
+pub(crate) struct Secret<T: AsBytes + FromBytes>(KBox<T>);
 
-impl<const N: usize> Secret<N> {
+impl<T: AsBytes + FromBytes> Secret<T> {
     pub(crate) fn zeroed() -> Result<Self> {
-        Ok(Self(KBox::new([0; N], GFP_KERNEL)?))
+        let mut secret = KBox::<T>::new_uninit(GFP_KERNEL)?;
+        // SAFETY: any bytes make a `T`, so zeros do.
+        unsafe {
+            secret.as_mut_ptr().write_bytes(0, 1);
+            Ok(Self(secret.assume_init()))
+        }
     }
 }
 
-impl<const N: usize> Deref for Secret<N> {
-    type Target = [u8; N];
+impl<T: AsBytes + FromBytes> Deref for Secret<T> {
+    type Target = T;
 
-    fn deref(&self) -> &[u8; N] {
+    fn deref(&self) -> &T {
         &self.0
     }
 }
 
-impl<const N: usize> DerefMut for Secret<N> {
-    fn deref_mut(&mut self) -> &mut [u8; N] {
+impl<T: AsBytes + FromBytes> DerefMut for Secret<T> {
+    fn deref_mut(&mut self) -> &mut T {
         &mut self.0
     }
 }
 
-impl<const N: usize> Drop for Secret<N> {
+impl<T: AsBytes + FromBytes> Drop for Secret<T> {
     fn drop(&mut self) {
-        for byte in self.0.iter_mut() {
+        for byte in self.0.as_bytes_mut() {
             // SAFETY: the exclusive borrow is valid for a write. Volatile, because nothing reads
             // the byte again and the compiler may leave out any other write.
             unsafe { core::ptr::write_volatile(byte, 0) };

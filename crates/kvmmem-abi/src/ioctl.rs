@@ -28,32 +28,6 @@ pub struct MemMap {
 impl MemMap {
     /// Size in bytes of the structure.
     pub const SIZE: usize = 48;
-
-    /// Reads the structure from the bytes of a user's buffer.
-    pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
-        let mut words = [0u64; Self::SIZE / 8];
-        let mut rest: &[u8] = bytes;
-        for word in &mut words {
-            if let Some((head, tail)) = rest.split_first_chunk::<8>() {
-                *word = u64::from_le_bytes(*head);
-                rest = tail;
-            }
-        }
-        let [t0, t1, t2, t3, gpa, gva] = words;
-        Self { token: MapMemToken { token: [t0, t1, t2, t3] }, gpa, gva }
-    }
-
-    /// The token in the bytes of a user's buffer.
-    pub fn token(bytes: &[u8; Self::SIZE]) -> &[u8; 32] {
-        bytes.first_chunk().unwrap_or(&[0; 32])
-    }
-
-    /// The gpa and the gva in the bytes of a user's buffer, without a second copy of the token.
-    pub fn addresses(bytes: &[u8; Self::SIZE]) -> (u64, u64) {
-        let [.., a0, a1, a2, a3, a4, a5, a6, a7, v0, v1, v2, v3, v4, v5, v6, v7] = *bytes;
-        let gpa = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
-        (gpa, u64::from_le_bytes([v0, v1, v2, v3, v4, v5, v6, v7]))
-    }
 }
 
 /// `KVM_INTRO_MEM_MAP`: `_IOW('i', 1, struct kvmi_mem_map)`.

@@ -4,7 +4,6 @@
 
 use kvmmem_abi::cpuid;
 use kvmmem_abi::errno::KvmError;
-use kvmmem_abi::ioctl::MemMap;
 
 #[test]
 fn signature_registers_hold_the_signature_bytes() {
@@ -53,18 +52,4 @@ fn a_tool_never_sees_the_number_1000() {
         assert!(closed_set.contains(&error.errno()), "{error:?} becomes {}", error.errno());
     }
     assert_eq!(KvmError::NoSys.errno(), KvmError::OpNotSupp.number());
-}
-
-#[test]
-fn ioctl_argument_is_read_field_by_field() {
-    let words: [u64; 6] = [0x0101, 0x0202, 0x0303, 0x0404, 0x0505_f000, 0x7fff_0606_0000];
-    let mut bytes = [0u8; MemMap::SIZE];
-    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
-        chunk.copy_from_slice(&word.to_le_bytes());
-    }
-    let map = MemMap::from_bytes(&bytes);
-    assert_eq!(map.token.token, words[..4]);
-    assert_eq!(MemMap::addresses(&bytes), (words[4], words[5]));
-    assert_eq!(MemMap::token(&bytes)[..], bytes[..32]);
-    assert_eq!((map.gpa, map.gva), (words[4], words[5]));
 }

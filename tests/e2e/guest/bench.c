@@ -27,6 +27,8 @@
 #define LARGE_PAGE (2UL << 20)
 #define MOST 1000
 #define LOADS 100000
+#define OPENS 1000
+#define AREAS 10000
 
 static struct kvmmem_attach request;
 static uint64_t sink;
@@ -115,6 +117,40 @@ static uint64_t touch(char *at, uint64_t length, uint64_t size, int store)
 	return now() - start;
 }
 
+static uint64_t opening(const char *path)
+{
+	uint64_t start = now();
+
+	for (int i = 0; i < OPENS; i++) {
+		int fd = open(path, O_RDWR | O_CLOEXEC);
+
+		if (fd < 0)
+			fail(path);
+		close(fd);
+	}
+	return now() - start;
+}
+
+/* Opening and closing, by a process with many areas of memory. */
+static void openings(int rounds)
+{
+	static uint64_t null[MOST], device[MOST];
+	char *areas = mmap(NULL, AREAS * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (areas == MAP_FAILED)
+		fail("areas");
+	for (int i = 0; i < AREAS; i += 2)
+		if (mprotect(areas + i * PAGE, PAGE, PROT_NONE) < 0)
+			fail("areas");
+	for (int i = 0; i < rounds; i++) {
+		null[i] = opening("/dev/null");
+		device[i] = opening("/dev/kvmmem");
+	}
+	munmap(areas, AREAS * PAGE);
+	say("open, null", null, rounds);
+	say("open, device", device, rounds);
+}
+
 static void memory(uint64_t gpa, uint64_t length, int rounds)
 {
 	static uint64_t own_seq[MOST], view_seq[MOST], own_any[MOST], view_any[MOST];
@@ -160,6 +196,7 @@ static void memory(uint64_t gpa, uint64_t length, int rounds)
 	say("first touch, 4 KiB", small, rounds);
 	say("first touch, 2 MiB", large, rounds);
 	close(fd);
+	openings(rounds);
 }
 
 static void attaching(uint64_t gpa, uint64_t length, int rounds)

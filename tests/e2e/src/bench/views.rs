@@ -93,7 +93,7 @@ pub(super) fn memory_rows(memory: &[Samples]) -> Result<Vec<Row>> {
         )?,
         Row::slower(
             "first touch by 4 KiB, against a minor fault",
-            1.5,
+            1.3,
             find("first touch, 4 KiB")?,
             1,
             find("minor fault")?,
@@ -104,6 +104,13 @@ pub(super) fn memory_rows(memory: &[Samples]) -> Result<Vec<Row>> {
             find("first touch, 2 MiB")?,
             1,
             find("minor fault")?,
+        )?,
+        Row::slower(
+            "open with 10,000 areas mapped, against /dev/null",
+            1.2,
+            find("open, device")?,
+            1,
+            find("open, null")?,
         )?,
     ])
 }
