@@ -86,15 +86,15 @@ void test_devices(void)
 {
 	plug_opens();
 	CHECK_EQUAL(load_module(""), 0);
-	without_hypercalls();
-	left_alone();
-	below_4g();
-	test_sleep_of_devices();
-	test_plug();
-	test_unplug();
-	test_malformed_devices();
-	test_plug_storm();
-	test_failing_plug();
-	random_storm_of_devices();
+	RUN(without_hypercalls);
+	RUN(left_alone);
+	RUN(below_4g);
+	RUN(test_sleep_of_devices);
+	RUN(test_plug);
+	RUN(test_unplug);
+	RUN(test_malformed_devices);
+	RUN(test_plug_storm);
+	RUN(test_failing_plug);
+	RUN(random_storm_of_devices);
 	CHECK_EQUAL(unload_module(), 0);
 }

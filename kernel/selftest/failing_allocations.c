@@ -81,6 +81,7 @@ static void first_maps(void)
 {
 	int n = 1;
 
+	progress("each allocation of a process's first MAP fails");
 	while (first_map(n))
 		n++;
 	CHECK(n > 1);
@@ -449,8 +450,8 @@ void test_failing_allocations(void)
 	small_faults();
 	lazy();
 	regions();
-	last_close();
-	last_breath();
+	RUN(last_close);
+	RUN(last_breath);
 	munmap(own, PAGE);
 	CHECK_EQUAL(counter("invalid_answers"), invalid);
 	CHECK_EQUAL(counter("views"), 0);

@@ -97,6 +97,7 @@ int each_fails(const char *name, int (*call)(void), void (*undo)(void))
 {
 	int n, result, error, is_injected, before = failures;
 
+	progress("each allocation of %s fails", name);
 	for (n = 1; n < MOST; n++) {
 		inject(n);
 		errno = 0;

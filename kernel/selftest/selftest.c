@@ -14,6 +14,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <termios.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "../../crates/kvmmem-abi/include/uapi/kvmmem.h"
@@ -143,6 +144,19 @@ void monitor(const char *format, ...)
 	CHECK_EQUAL(fflush(port), 0);
 }
 
+void progress(const char *format, ...)
+{
+	struct timespec now;
+	char text[80];
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(text, sizeof(text), format, arguments);
+	va_end(arguments);
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	printf("selftest: %ld s: %s\n", (long)now.tv_sec, text);
+}
+
 void in_child(void (*run)(void))
 {
 	int *counts = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -200,19 +214,19 @@ static void leave_pages(void)
 static void with_views(void)
 {
 	host_opens();
-	test_sleep();
-	test_attach();
-	test_memory();
-	test_positions();
-	test_events();
-	test_malformed_descriptors();
-	test_memory_runs_out();
-	test_failing_allocations();
-	test_sharing("/init");
-	test_regions();
-	test_storm();
-	random_storm_of_windows();
-	test_nothing_left();
+	RUN(test_sleep);
+	RUN(test_attach);
+	RUN(test_memory);
+	RUN(test_positions);
+	RUN(test_events);
+	RUN(test_malformed_descriptors);
+	RUN(test_memory_runs_out);
+	RUN(test_failing_allocations);
+	RUN(test_sharing, "/init");
+	RUN(test_regions);
+	RUN(test_storm);
+	RUN(random_storm_of_windows);
+	RUN(test_nothing_left);
 	for (int i = 0; i < 20; i++) {
 		host_shows_usual(0, KVMMEM_RIGHT_READ);
 		test_view_unload();
@@ -221,18 +235,18 @@ static void with_views(void)
 	CHECK_EQUAL(unload_module(), 0);
 
 	CHECK_EQUAL(load_module(LOAD_VIEWS " regions=0"), 0);
-	test_no_regions();
+	RUN(test_no_regions);
 	CHECK_EQUAL(unload_module(), 0);
 	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x1000000"), 0);
-	test_wrong_page();
+	RUN(test_wrong_page);
 	CHECK_EQUAL(unload_module(), 0);
 	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x20000800"), 0);
-	test_wrong_page();
+	RUN(test_wrong_page);
 	CHECK_EQUAL(unload_module(), 0);
 	CHECK_EQUAL(load_module(LOAD " force_window=1 test_descriptor=0x8000000000000"), 0);
-	test_wrong_page();
+	RUN(test_wrong_page);
 	CHECK_EQUAL(unload_module(), 0);
-	test_failing_load();
+	RUN(test_failing_load);
 }
 
 static void say_end(const char *where)
@@ -279,22 +293,22 @@ int main(int argc, char **argv)
 	CHECK_EQUAL(load_module(LOAD), 0);
 	CHECK_EQUAL(chmod("/dev/kvmmem", 0666), 0);
 	if (!failures) {
-		test_arguments();
+		RUN(test_arguments);
 		in_child(test_opening);
-		test_ownership(argv[0]);
-		test_limits();
-		test_races();
-		test_quarantine();
-		test_no_views();
-		test_memory_hotplug();
-		test_unload();
+		RUN(test_ownership, argv[0]);
+		RUN(test_limits);
+		RUN(test_races);
+		RUN(test_quarantine);
+		RUN(test_no_views);
+		RUN(test_memory_hotplug);
+		RUN(test_unload);
 		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 		/* Not in process 1, whose signals the kernel logs. */
 		in_child(with_views);
 	} else {
 		CHECK_EQUAL(unload_module(), 0);
 	}
-	check_leaks();
+	RUN(check_leaks);
 	load_next_kernel(0);
 	leave_pages();
 	printf("selftest: %d of %d checks passed\n", checks - failures, checks);

@@ -86,9 +86,20 @@ long free_pages(void);
 long pinned(void);
 long charged(void);
 
-/* Runs the function in a child; its failures and checks count here. */
 /* A line for QEMU's monitor. */
 __attribute__((format(printf, 1, 2))) void monitor(const char *format, ...);
+
+/* Prints where the selftest is, with the seconds since the machine started. */
+__attribute__((format(printf, 1, 2))) void progress(const char *format, ...);
+
+/* Runs a test that takes these arguments. */
+#define RUN(test, ...)								\
+	do {									\
+		progress("%s", #test);						\
+		test(__VA_ARGS__);						\
+	} while (0)
+
+/* Runs the function in a child; its failures and checks count here. */
 void in_child(void (*run)(void));
 
 void test_arguments(void);
