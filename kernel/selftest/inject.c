@@ -97,7 +97,7 @@ int each_fails(const char *name, int (*call)(void), void (*undo)(void))
 {
 	int n, result, error, is_injected, before = failures;
 
-	progress("each allocation of %s fails", name);
+	progress("%s", name);
 	for (n = 1; n < MOST; n++) {
 		inject(n);
 		errno = 0;
@@ -115,6 +115,7 @@ int each_fails(const char *name, int (*call)(void), void (*undo)(void))
 			break;
 	}
 	CHECK(n < MOST);
+	progress("%s failed with each of %d allocations", name, n - 1);
 	if (failures > before)
 		printf("FAILED with allocation %d of %s\n", n, name);
 	return n - 1;
