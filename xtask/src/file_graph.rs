@@ -11,14 +11,6 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-/// Crates with files in circles, how many at most, and where: it is a type in a module's file that
-/// the files below it take part of, unless it is said otherwise. None may be added.
-const KNOWN: [(&str, usize); 3] = [
-    ("kvmmem", 7),      // View
-    ("kvmmem-kvmi", 3), // Connection
-    ("kvmmem-sys", 2),  // guards and their signal handler
-];
-
 type Module = Vec<String>;
 type Tokens<'a> = std::iter::Peekable<std::slice::Iter<'a, String>>;
 type Graph = BTreeMap<Module, BTreeSet<Module>>;
@@ -35,15 +27,10 @@ pub(crate) fn circles(root: &Path) -> Result<Vec<String>> {
         }
         let mut graph = Graph::new();
         read(&source, &Module::new(), &mut graph, &mut BTreeMap::new())?;
-        let circles = in_circles(&graph);
-        let known = KNOWN.iter().find(|(known, _)| *known == name).map_or(0, |(_, count)| *count);
-        if circles.iter().map(BTreeSet::len).sum::<usize>() > known {
-            let line = |circle: &BTreeSet<&Module>| {
-                let names: Vec<_> = circle.iter().map(|module| module.join("::")).collect();
-                format!("{name}: {}", names.join(", "))
-            };
-            found.extend(circles.iter().map(line));
-        }
+        found.extend(in_circles(&graph).iter().map(|circle| {
+            let names: Vec<_> = circle.iter().map(|module| module.join("::")).collect();
+            format!("{name}: {}", names.join(", "))
+        }));
     }
     found.sort();
     Ok(found)

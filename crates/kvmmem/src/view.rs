@@ -2,8 +2,9 @@
 //! Views: the memory of one virtual machine, as far as a token allows, until the tool detaches or
 //! the grant is revoked.
 //!
-//! This is what analysis tools and the command line use. [`View`] dispatches to the driver
-//! (`device`) or the broker (`host`), and both report the same errors.
+//! This is what analysis tools and the command line use. [`View`] has one of three backends, the
+//! driver (`device`), the broker (`host`) or PCI devices that this process maps (`sysfs`); all
+//! report the same errors.
 //!
 //! # How a view is opened
 //!
@@ -28,8 +29,9 @@
 //! - The tool must be root.
 //! - Each access through [`View`] and [`Mapping`] is proven: it succeeds only if the bytes are the
 //!   view's. Only an access of your own at [`Mapping::address`] is not.
-//! - The host asks this process to release the memory, and waits for it for a second. If it is
-//!   stopped and does neither answer nor exit, the PCI port stays unused until the machine is reset.
+//! - The host asks this process to release the memory, and waits for it for a second. Where it is
+//!   killed, or does not answer, the PCI port stays unused until the machine is reset. So end a
+//!   view by dropping it.
 //! - [`View::data_from`] knows the ranges only, and [`View::stats`] returns `None`.
 //!
 //! # Signals
@@ -48,6 +50,8 @@
 //! both at once. On the host, and without the module, only the process that attached is notified of
 //! the end: a child must not use the view that it inherits. `exec` ends all of them.
 
+mod attach;
+mod backend;
 mod clear;
 mod device;
 mod error;
@@ -61,23 +65,17 @@ mod status;
 mod sysfs;
 mod vectored;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvmmem_kvmi::token::Token;
-
-use crate::device::default_path;
-use device::DeviceView;
+use backend::Backend;
 pub use error::{ViewError, ViewOperation};
 pub use guest_endpoint::{GUEST_PORT_VARIABLE, GuestEndpointError, check_guest_endpoint};
-use host::HostView;
 pub use kvmmem_abi::native::Stats;
 pub use kvmmem_memory::Range;
-use mapping::Keeps;
 pub use mapping::{Mapping, MappingError};
 pub use status::{Access, Event, State, Status};
-use sysfs::SysfsView;
 pub use sysfs::discover::SysfsError;
 pub use vectored::VectoredError;
 
@@ -93,149 +91,10 @@ pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 /// [`crate::view`]). All methods may be called by many threads at once.
 #[derive(Debug)]
 pub struct View {
-    backend: Backend,
-}
-
-#[derive(Debug)]
-enum Backend {
-    Device(DeviceView),
-    Host(Arc<HostView>),
-    Sysfs(Arc<SysfsView>),
+    backend: Arc<dyn Backend>,
 }
 
 impl View {
-    /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
-    /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
-    /// broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]), then, in a virtual machine, the
-    /// way without the module.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, View};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let view = View::attach(&token, Access::ReadOnly)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach(token: &Token, access: Access) -> Result<Self, ViewError> {
-        Self::attach_reaching(token, access, &[])
-    }
-
-    /// As [`View::attach`], for a tool that needs `ranges`. On the host the broker refuses a view
-    /// without memory in one of the first 64 of them, and does not use the token. In a virtual
-    /// machine the driver cannot ask before it uses the token, and ignores `ranges`. So check
-    /// [`View::ranges`] in any case.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, Range, View};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let wanted = [Range { gpa: 0x10_0000, len: 0x1000 }];
-    /// let view = View::attach_reaching(&token, Access::ReadOnly, &wanted)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach_reaching(
-        token: &Token,
-        access: Access,
-        ranges: &[Range],
-    ) -> Result<Self, ViewError> {
-        let (device, socket) = (default_path(), default_socket());
-        if device.exists() {
-            Self::attach_device(&device, token, access)
-        } else if socket.exists() {
-            Self::attach_host_reaching(&socket, token, access, ranges)
-        } else if sysfs::is_possible() {
-            Self::attach_without_module(token, access).map_err(|error| match error {
-                ViewError::GuestEndpoint(endpoint)
-                    if matches!(*endpoint, GuestEndpointError::Connect { .. }) =>
-                {
-                    ViewError::Nowhere { device, socket, endpoint: Some(endpoint) }
-                }
-                error => error,
-            })
-        } else {
-            Err(ViewError::Nowhere { device, socket, endpoint: None })
-        }
-    }
-
-    /// Attaches in a virtual machine under a stock QEMU without the module, which takes root: see
-    /// [`crate::view`] on what that lacks.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, View};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let view = View::attach_without_module(&token, Access::ReadOnly)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach_without_module(token: &Token, access: Access) -> Result<Self, ViewError> {
-        Ok(Self { backend: Backend::Sysfs(SysfsView::attach(token, access)?) })
-    }
-
-    /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's guest
-    /// endpoint is asked for the view first, which may take up to 15 s.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, View, device};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let view = View::attach_device(device::DEFAULT_PATH.as_ref(), &token, Access::Granted)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach_device(path: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
-        Ok(Self { backend: Backend::Device(DeviceView::attach(path, token, access)?) })
-    }
-
-    /// Attaches by the broker that listens at `socket` on this host.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, View, view};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let view = View::attach_host(&view::default_socket(), &token, Access::ReadOnly)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach_host(socket: &Path, token: &Token, access: Access) -> Result<Self, ViewError> {
-        Self::attach_host_reaching(socket, token, access, &[])
-    }
-
-    /// As [`View::attach_reaching`] on the host, by the broker that listens at `socket`.
-    ///
-    /// ```no_run
-    /// use kvmmem::{Access, Range, View, view};
-    ///
-    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
-    /// let wanted = [Range { gpa: 0x10_0000, len: 0x1000 }];
-    /// let socket = view::default_socket();
-    /// let view = View::attach_host_reaching(&socket, &token, Access::ReadOnly, &wanted)?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ViewError`], with what to do about it.
-    pub fn attach_host_reaching(
-        socket: &Path,
-        token: &Token,
-        access: Access,
-        ranges: &[Range],
-    ) -> Result<Self, ViewError> {
-        Ok(Self { backend: Backend::Host(HostView::attach(socket, token, access, ranges)?) })
-    }
-
     /// The view's state and ranges, also after it has ended.
     ///
     /// ```no_run
@@ -249,11 +108,7 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn status(&self) -> Result<Status, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.status(),
-            Backend::Host(view) => Ok(view.status()),
-            Backend::Sysfs(view) => Ok(view.status()),
-        }
+        self.backend.status()
     }
 
     /// The target's name; `None` in a virtual machine, which does not know it.
@@ -265,10 +120,7 @@ impl View {
     /// # }
     /// ```
     pub fn name(&self) -> Option<&str> {
-        match &self.backend {
-            Backend::Device(_) | Backend::Sysfs(_) => None,
-            Backend::Host(view) => Some(view.name()).filter(|name| !name.is_empty()),
-        }
+        self.backend.name()
     }
 
     /// Identifies one run of the target. All views of the target have the same number, in guests and
@@ -287,11 +139,7 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn instance(&self) -> Result<Option<u64>, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.instance(),
-            Backend::Host(view) => Ok(Some(view.instance())),
-            Backend::Sysfs(view) => Ok(view.instance()),
-        }
+        self.backend.instance()
     }
 
     /// The memory that can be reached: disjoint, in pages, ascending; empty once the view has ended.
@@ -325,11 +173,7 @@ impl View {
     /// [`ViewError::Hole`] with the first address that has no memory or is not granted,
     /// [`ViewError::Revoked`], [`ViewError::Gone`]. `buf` may be filled in part.
     pub fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.read_at(gpa, buf),
-            Backend::Host(view) => view.read_at(gpa, buf),
-            Backend::Sysfs(view) => view.read_at(gpa, buf),
-        }
+        self.backend.read_at(gpa, buf)
     }
 
     /// Reads each piece at its guest-physical address, in order, as [`View::read_at`] reads one.
@@ -352,11 +196,7 @@ impl View {
     /// [`VectoredError`] with the first piece that could not be read, and why, as for
     /// [`View::read_at`]. All pieces before it are filled; pieces after it may be.
     pub fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
-        match &self.backend {
-            Backend::Device(view) => view.read_vectored(pieces),
-            Backend::Host(view) => view.read_vectored(pieces),
-            Backend::Sysfs(view) => view.read_vectored(pieces),
-        }
+        self.backend.read_vectored(pieces)
     }
 
     /// Writes `bytes` to guest-physical memory at `gpa`.
@@ -371,11 +211,7 @@ impl View {
     /// # Errors
     /// As [`View::read_at`], and [`ViewError::ReadOnly`]. `bytes` may be written in part.
     pub fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.write_at(gpa, bytes),
-            Backend::Host(view) => view.write_at(gpa, bytes),
-            Backend::Sysfs(view) => view.write_at(gpa, bytes),
-        }
+        self.backend.write_at(gpa, bytes)
     }
 
     /// The next range at `gpa` or after it that holds data; `None` after the last. A gap between
@@ -399,11 +235,7 @@ impl View {
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
     pub fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.data_from(gpa),
-            Backend::Host(view) => view.data_from(gpa),
-            Backend::Sysfs(view) => view.data_from(gpa),
-        }
+        self.backend.data_from(ViewOperation::Seek { gpa }, gpa)
     }
 
     /// The parts of `range`, in pages, that hold data. Unlike [`View::data_from`] it never looks
@@ -424,10 +256,7 @@ impl View {
     /// # Errors
     /// [`ViewError::Revoked`], [`ViewError::Gone`].
     pub fn data_in(&self, range: Range) -> Result<Option<Vec<Range>>, ViewError> {
-        match &self.backend {
-            Backend::Device(_) | Backend::Sysfs(_) => Ok(None),
-            Backend::Host(view) => view.data_in(range),
-        }
+        self.backend.data_in(ViewOperation::Seek { gpa: range.gpa }, range)
     }
 
     /// Maps `range`, whole pages, into this process. Nothing is copied: pages are mapped as they are
@@ -446,14 +275,12 @@ impl View {
     /// [`ViewError::Revoked`], [`ViewError::Gone`]; [`ViewError::Private`] if the target's RAM can
     /// only be copied.
     pub fn map(&self, range: Range) -> Result<Mapping, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.map(range),
-            Backend::Host(view) => view.map(range),
-            Backend::Sysfs(view) => {
-                let memory = view.map(range)?;
-                Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(view)))))
-            }
+        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
+        if !range.is_pages() {
+            return Err(ViewError::Pages { operation });
         }
+        let memory = self.backend.map(operation, range)?;
+        Ok(Mapping::new(range.gpa, memory, Arc::clone(&self.backend)))
     }
 
     /// Waits at most `timeout` for an event. Every call after the view's end reports the end.
@@ -475,11 +302,7 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.wait(timeout),
-            Backend::Host(view) => Ok(view.wait(timeout)),
-            Backend::Sysfs(view) => Ok(view.wait(timeout)),
-        }
+        self.backend.wait(timeout)
     }
 
     /// The driver's counters; `None` on the host and without the module, where there is no driver.
@@ -496,10 +319,7 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn stats(&self) -> Result<Option<Stats>, ViewError> {
-        match &self.backend {
-            Backend::Device(view) => view.stats().map(Some),
-            Backend::Host(_) | Backend::Sysfs(_) => Ok(None),
-        }
+        self.backend.stats()
     }
 
     /// Closes the view. Accesses through mappings that still exist fail from then on.
@@ -514,17 +334,7 @@ impl View {
     /// # Errors
     /// [`ViewError::System`].
     pub fn detach(self) -> Result<(), ViewError> {
-        match self.backend {
-            Backend::Device(view) => view.detach(),
-            Backend::Host(view) => {
-                view.detach();
-                Ok(())
-            }
-            Backend::Sysfs(view) => {
-                view.detach();
-                Ok(())
-            }
-        }
+        self.backend.detach()
     }
 }
 

@@ -19,12 +19,12 @@ use kvmmem_sys::foreign::Foreign;
 use kvmmem_sys::view::ViewFile;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::io::{Errno, pread, pwrite, retry_on_intr};
 
+use super::backend::Backend;
+use super::error::{ViewError, ViewOperation};
 use super::guest_endpoint::{GuestConnection, GuestEndpointError};
-use super::mapping::{Keeps, Mapping};
-use super::vectored::VectoredError;
-use super::{Access, Event, State, Status, ViewError, ViewOperation};
+use super::status::{Access, Event, State, Status};
 use crate::explain;
 use kvmmem_memory::range::{Range, first_hole, next_range};
 use kvmmem_proto::guest::MappedBy;
@@ -45,7 +45,7 @@ pub(super) struct DeviceView {
     told: AtomicU64,
     /// The connection to the host; `None` where a hypercall opened the view. Dropped after the
     /// file.
-    guest: Option<Arc<GuestConnection>>,
+    guest: Option<GuestConnection>,
     /// The state since the host ended the connection without having ended the view.
     lost: OnceLock<Status>,
 }
@@ -76,7 +76,7 @@ impl DeviceView {
             _ => {
                 let guest =
                     GuestConnection::open(token, access == Access::ReadOnly, MappedBy::Module);
-                Some(Arc::new(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?))
+                Some(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?)
             }
         };
         let token = guest.as_ref().map_or(token, |guest| guest.ticket());
@@ -105,7 +105,54 @@ impl DeviceView {
         Ok(view)
     }
 
-    pub(super) fn status(&self) -> Result<Status, ViewError> {
+    /// Ends the view because the broker has exited: its grant could not be revoked any more.
+    fn lose(&self, status: Status) -> Status {
+        let generation = status.generation.saturating_add(1);
+        let lost = Status { generation, state: State::Gone, ranges: Vec::new(), ..status };
+        let lost = self.lost.get_or_init(|| lost).clone();
+        if let Err(error) = self.file.detach() {
+            tracing::debug!(%error, "the view that was lost had been detached");
+        }
+        lost
+    }
+
+    /// What an errno of the driver means for something done at `gpa`.
+    fn error(&self, operation: ViewOperation, gpa: u64, source: Errno) -> ViewError {
+        match source {
+            Errno::NOTCONN if self.lost.get().is_some() => ViewError::Gone { operation },
+            source => ViewError::of(operation, gpa, source),
+        }
+    }
+
+    /// How many bytes the driver has copied at `gpa`.
+    fn copied(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+        result: Result<usize, Errno>,
+    ) -> Result<usize, ViewError> {
+        match result {
+            // After the last range.
+            Ok(0) => Err(ViewError::Hole { operation, gpa }),
+            Ok(count) => Ok(count),
+            Err(source) => Err(self.error(operation, gpa, source)),
+        }
+    }
+
+    /// What has happened since this was asked last.
+    fn event(&self) -> Result<Option<Event>, ViewError> {
+        let status = self.status()?;
+        let told = self.told.fetch_max(status.generation, Ordering::Relaxed);
+        Ok(match status.state {
+            State::Revoked => Some(Event::Revoked),
+            State::Gone => Some(Event::Gone),
+            State::Open => (status.generation > told).then_some(Event::Changed),
+        })
+    }
+}
+
+impl Backend for DeviceView {
+    fn status(&self) -> Result<Status, ViewError> {
         let operation = ViewOperation::Status;
         if let Some(status) = self.lost.get() {
             return Ok(status.clone());
@@ -133,77 +180,27 @@ impl DeviceView {
         Ok(if is_shut && state == State::Open { self.lose(status) } else { status })
     }
 
-    /// Ends the view because the broker has exited: its grant could not be revoked any more.
-    fn lose(&self, status: Status) -> Status {
-        let generation = status.generation.saturating_add(1);
-        let lost = Status { generation, state: State::Gone, ranges: Vec::new(), ..status };
-        let lost = self.lost.get_or_init(|| lost).clone();
-        if let Err(error) = self.file.detach() {
-            tracing::debug!(%error, "the view that was lost had been detached");
-        }
-        lost
+    fn instance(&self) -> Result<Option<u64>, ViewError> {
+        let operation = ViewOperation::Status;
+        let stats = self.file.stats().map_err(|source| ViewError::System { operation, source })?;
+        Ok((stats.instance != 0).then_some(stats.instance))
     }
 
-    /// What an errno of the driver means for something done at `gpa`.
-    fn error(&self, operation: ViewOperation, gpa: u64, source: Errno) -> ViewError {
-        match source {
-            Errno::NOTCONN if self.lost.get().is_some() => ViewError::Gone { operation },
-            source => ViewError::of(operation, gpa, source),
-        }
+    fn is_writable(&self) -> bool {
+        self.is_writable
     }
 
-    pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Read { gpa, len: buf.len() };
-        let (mut gpa, mut rest) = (gpa, buf);
-        while !rest.is_empty() {
-            check_offset(operation, gpa)?;
-            match pread(&self.file, &mut *rest, gpa) {
-                // Behind the last range.
-                Ok(0) => return Err(ViewError::Hole { operation, gpa }),
-                Ok(count) => {
-                    gpa = gpa.saturating_add(count as u64);
-                    rest = rest.get_mut(count..).unwrap_or_default();
-                }
-                Err(Errno::INTR) => {}
-                Err(source) => return Err(self.error(operation, gpa, source)),
-            }
-        }
-        Ok(())
+    fn read(&self, operation: ViewOperation, gpa: u64, buf: &mut [u8]) -> Result<usize, ViewError> {
+        check_offset(operation, gpa)?;
+        self.copied(operation, gpa, retry_on_intr(|| pread(&self.file, &mut *buf, gpa)))
     }
 
-    pub(super) fn read_vectored(
-        &self,
-        pieces: &mut [(u64, &mut [u8])],
-    ) -> Result<(), VectoredError> {
-        for (piece, (gpa, bytes)) in pieces.iter_mut().enumerate() {
-            self.read_at(*gpa, bytes).map_err(|source| VectoredError { piece, source })?;
-        }
-        Ok(())
+    fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
+        check_offset(operation, gpa)?;
+        self.copied(operation, gpa, retry_on_intr(|| pwrite(&self.file, bytes, gpa)))
     }
 
-    pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Write { gpa, len: bytes.len() };
-        if !self.is_writable {
-            return Err(ViewError::ReadOnly { operation });
-        }
-        let (mut gpa, mut rest) = (gpa, bytes);
-        while !rest.is_empty() {
-            check_offset(operation, gpa)?;
-            match pwrite(&self.file, rest, gpa) {
-                Ok(0) => return Err(ViewError::Hole { operation, gpa }),
-                Ok(count) => {
-                    gpa = gpa.saturating_add(count as u64);
-                    rest = rest.get(count..).unwrap_or_default();
-                }
-                Err(Errno::INTR) => {}
-                Err(source) => return Err(self.error(operation, gpa, source)),
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
-        let operation = ViewOperation::Seek { gpa };
+    fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
         if check_offset(operation, gpa).is_err() {
             return Ok(None);
         }
@@ -224,31 +221,21 @@ impl DeviceView {
         }
     }
 
-    pub(super) fn map(&self, range: Range) -> Result<Mapping, ViewError> {
-        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
-        if !range.is_pages() {
-            return Err(ViewError::Pages { operation });
-        }
+    fn map(&self, operation: ViewOperation, range: Range) -> Result<Arc<Foreign>, ViewError> {
         let status = self.status()?;
-        match status.state {
-            State::Open => {}
-            State::Revoked => return Err(ViewError::Revoked { operation }),
-            State::Gone => return Err(ViewError::Gone { operation }),
-        }
+        status.state.check(operation)?;
         if let Some(gpa) = first_hole(&status.ranges, range) {
             return Err(ViewError::Hole { operation, gpa });
         }
         let memory =
             Foreign::reserve(range.len, range.gpa, self.is_writable, kvmmem_proto::map::PAGE_SIZE)
                 .map_err(|source| ViewError::System { operation, source })?;
-        // The mapping keeps the file open.
         until_settled(|| memory.place(0, range.len, self.file.as_fd(), range.gpa))
             .map_err(|source| self.error(operation, range.gpa, source))?;
-        let keeps = self.guest.as_ref().map(|guest| Keeps::Guest(Arc::clone(guest)));
-        Ok(Mapping::new(range.gpa, Arc::new(memory), keeps))
+        Ok(Arc::new(memory))
     }
 
-    pub(super) fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
+    fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
         let operation = ViewOperation::Wait;
         let deadline = Instant::now().checked_add(timeout);
         loop {
@@ -261,7 +248,7 @@ impl DeviceView {
                 return Ok(None);
             }
             let mut files = vec![PollFd::new(&self.file, PollFlags::PRI)];
-            files.extend(self.guest.as_deref().map(|guest| PollFd::new(guest, PollFlags::IN)));
+            files.extend(self.guest.as_ref().map(|guest| PollFd::new(guest, PollFlags::IN)));
             let sleep = Timespec::try_from(left.min(SLEEP_LIMIT)).ok();
             match poll(&mut files, sleep.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -270,33 +257,15 @@ impl DeviceView {
         }
     }
 
-    /// What has happened since this was asked last.
-    fn event(&self) -> Result<Option<Event>, ViewError> {
-        let status = self.status()?;
-        let told = self.told.fetch_max(status.generation, Ordering::Relaxed);
-        Ok(match status.state {
-            State::Revoked => Some(Event::Revoked),
-            State::Gone => Some(Event::Gone),
-            State::Open => (status.generation > told).then_some(Event::Changed),
-        })
-    }
-
-    pub(super) fn instance(&self) -> Result<Option<u64>, ViewError> {
-        let operation = ViewOperation::Status;
+    fn stats(&self) -> Result<Option<Stats>, ViewError> {
+        let operation = ViewOperation::Stats;
         let stats = self.file.stats().map_err(|source| ViewError::System { operation, source })?;
-        Ok((stats.instance != 0).then_some(stats.instance))
+        Ok(Some(stats))
     }
 
-    pub(super) fn stats(&self) -> Result<Stats, ViewError> {
-        self.file
-            .stats()
-            .map_err(|source| ViewError::System { operation: ViewOperation::Stats, source })
-    }
-
-    pub(super) fn detach(self) -> Result<(), ViewError> {
-        self.file
-            .detach()
-            .map_err(|source| ViewError::System { operation: ViewOperation::Detach, source })
+    fn detach(&self) -> Result<(), ViewError> {
+        let operation = ViewOperation::Detach;
+        self.file.detach().map_err(|source| ViewError::System { operation, source })
     }
 }
 

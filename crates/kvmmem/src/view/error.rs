@@ -12,6 +12,7 @@ use kvmmem_sys::device::OpenError;
 use rustix::io::Errno;
 
 use super::guest_endpoint::GuestEndpointError;
+use super::status::State;
 use super::sysfs::discover::SysfsError;
 use crate::explain;
 
@@ -279,6 +280,17 @@ impl ViewError {
             Errno::STALE => Self::Gone { operation },
             Errno::ACCESS => Self::ReadOnly { operation },
             source => Self::System { operation, source },
+        }
+    }
+}
+
+impl State {
+    /// Whether the view is open.
+    pub(super) fn check(self, operation: ViewOperation) -> Result<(), ViewError> {
+        match self {
+            Self::Open => Ok(()),
+            Self::Revoked => Err(ViewError::Revoked { operation }),
+            Self::Gone => Err(ViewError::Gone { operation }),
         }
     }
 }

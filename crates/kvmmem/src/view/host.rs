@@ -2,9 +2,8 @@
 //! A view on the host: the memfds of the target's RAM, which the broker hands to this process, or
 //! else copies that the broker makes.
 //!
-//! A thread of its own keeps the connection to the broker, so that a grant that is taken back ends
-//! the view whatever the tool is doing: what is mapped is replaced by nothing, the files are
-//! closed, and then the broker is told.
+//! A thread of its own keeps the connection to the broker, so that a revoked grant ends the view at
+//! any time: the thread unmaps all mappings, closes the files, and then confirms to the broker.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -20,14 +19,16 @@ use kvmmem_kvmi::token::Token;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
-use super::mapping::{Keeps, Mapping};
+use super::backend::Backend;
+use super::error::{ViewError, ViewOperation};
 use super::memory::{Memory, Source};
+use super::status::{Access, Event, State, Status};
 use super::vectored::VectoredError;
-use super::{Access, Event, State, Status, ViewError, ViewOperation};
 use crate::explain;
 use kvmmem_memory::Range;
+use kvmmem_sys::foreign::Foreign;
 
-/// A view of which the [`View`](super::View) and the mappings share the ownership.
+/// A view by the broker of this host.
 #[derive(Debug)]
 pub(super) struct HostView {
     memory: Arc<Memory>,
@@ -49,7 +50,7 @@ impl HostView {
         token: &Token,
         access: Access,
         ranges: &[Range],
-    ) -> Result<Arc<Self>, ViewError> {
+    ) -> Result<Self, ViewError> {
         let refused = |source: ClientError| ViewError::AttachHost {
             socket: socket.to_owned(),
             remedy: explain::host(&source),
@@ -76,7 +77,7 @@ impl HostView {
                 move || watch(&memory, &instance, link, &stop)
             })
             .map_err(ViewError::Watch)?;
-        Ok(Arc::new(Self {
+        Ok(Self {
             memory,
             uuid: view.identity.uuid.into_bytes(),
             name: view.identity.name,
@@ -85,76 +86,11 @@ impl HostView {
             stop,
             watcher: Mutex::new(Some(watcher)),
             process: std::process::id(),
-        }))
-    }
-
-    pub(super) fn status(&self) -> Status {
-        let reach = self.memory.reach();
-        Status {
-            generation: reach.generation,
-            state: reach.state,
-            is_writable: self.is_writable,
-            uuid: self.uuid,
-            ranges: reach.ranges(),
-        }
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(super) fn instance(&self) -> u64 {
-        self.instance.load(Ordering::Acquire)
-    }
-
-    pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        self.memory.read_all(ViewOperation::Read { gpa, len: buf.len() }, gpa, buf)
-    }
-
-    pub(super) fn read_vectored(
-        &self,
-        pieces: &mut [(u64, &mut [u8])],
-    ) -> Result<(), VectoredError> {
-        self.memory.read_vectored(pieces)
-    }
-
-    pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Write { gpa, len: bytes.len() };
-        if !self.is_writable {
-            return Err(ViewError::ReadOnly { operation });
-        }
-        let (mut gpa, mut rest) = (gpa, bytes);
-        while !rest.is_empty() {
-            let count = self.memory.write(operation, gpa, rest)?;
-            gpa = gpa.saturating_add(count as u64);
-            rest = rest.get(count..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    pub(super) fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
-        self.memory.data_from(ViewOperation::Seek { gpa }, gpa)
-    }
-
-    pub(super) fn data_in(&self, range: Range) -> Result<Option<Vec<Range>>, ViewError> {
-        self.memory.data_in(ViewOperation::Seek { gpa: range.gpa }, range)
-    }
-
-    pub(super) fn map(self: &Arc<Self>, range: Range) -> Result<Mapping, ViewError> {
-        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
-        if !range.is_pages() {
-            return Err(ViewError::Pages { operation });
-        }
-        let memory = self.memory.map(operation, range, self.is_writable)?;
-        Ok(Mapping::new(range.gpa, memory, Some(Keeps::View(Arc::clone(self)))))
-    }
-
-    pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
-        self.memory.wait(timeout)
+        })
     }
 
     /// Ends the view, if that has not happened yet.
-    pub(super) fn detach(&self) {
+    fn end(&self) {
         if std::process::id() != self.process {
             return;
         }
@@ -167,9 +103,71 @@ impl HostView {
     }
 }
 
+impl Backend for HostView {
+    fn status(&self) -> Result<Status, ViewError> {
+        let reach = self.memory.reach();
+        Ok(Status {
+            generation: reach.generation,
+            state: reach.state,
+            is_writable: self.is_writable,
+            uuid: self.uuid,
+            ranges: reach.ranges(),
+        })
+    }
+
+    fn instance(&self) -> Result<Option<u64>, ViewError> {
+        Ok(Some(self.instance.load(Ordering::Acquire)))
+    }
+
+    fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    fn read(&self, operation: ViewOperation, gpa: u64, buf: &mut [u8]) -> Result<usize, ViewError> {
+        self.memory.read(operation, gpa, buf)
+    }
+
+    fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
+        self.memory.write(operation, gpa, bytes)
+    }
+
+    fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
+        self.memory.reach().data_from(operation, gpa)
+    }
+
+    fn map(&self, operation: ViewOperation, range: Range) -> Result<Arc<Foreign>, ViewError> {
+        self.memory.map(operation, range, self.is_writable)
+    }
+
+    fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
+        Ok(self.memory.wait(timeout))
+    }
+
+    fn detach(&self) -> Result<(), ViewError> {
+        self.end();
+        Ok(())
+    }
+
+    fn name(&self) -> Option<&str> {
+        Some(&self.name)
+    }
+
+    fn data_in(
+        &self,
+        operation: ViewOperation,
+        range: Range,
+    ) -> Result<Option<Vec<Range>>, ViewError> {
+        self.memory.reach().data_in(operation, range)
+    }
+
+    fn read_vectored(&self, pieces: &mut [(u64, &mut [u8])]) -> Result<(), VectoredError> {
+        self.memory.read_vectored(pieces)
+    }
+}
+
 impl Drop for HostView {
     fn drop(&mut self) {
-        self.detach();
+        self.end();
     }
 }
 

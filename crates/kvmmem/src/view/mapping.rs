@@ -10,9 +10,7 @@ use kvmmem_sys::foreign::{Foreign, ForeignError, Word};
 use kvmmem_sys::search::{Atoms, Candidates, Probe};
 use rustix::io::Errno;
 
-use super::guest_endpoint::GuestConnection;
-use super::host::HostView;
-use super::sysfs::{PROOF_LIMIT, SysfsView};
+use super::backend::Backend;
 
 /// Why mapped memory was not accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,24 +63,15 @@ pub enum MappingError {
 pub struct Mapping {
     gpa: u64,
     memory: Arc<Foreign>,
+    /// The most bytes that one proof covers, if each access is proven.
+    proof_limit: Option<usize>,
     /// Dropped after the memory.
-    keeps: Option<Keeps>,
-}
-
-/// What a mapping keeps open. The kernel keeps the device's file open.
-#[derive(Clone, Debug)]
-pub(super) enum Keeps {
-    /// On the host, the view that ends the mapping.
-    View(#[expect(dead_code, reason = "held")] Arc<HostView>),
-    /// In a virtual machine, the connection that stands for the view's devices.
-    Guest(#[expect(dead_code, reason = "held")] Arc<GuestConnection>),
-    /// In a virtual machine without the module, the view that proves each access.
-    Sysfs(Arc<SysfsView>),
+    backend: Arc<dyn Backend>,
 }
 
 impl Mapping {
-    pub(super) fn new(gpa: u64, memory: Arc<Foreign>, keeps: Option<Keeps>) -> Self {
-        Self { gpa, memory, keeps }
+    pub(super) fn new(gpa: u64, memory: Arc<Foreign>, backend: Arc<dyn Backend>) -> Self {
+        Self { gpa, memory, proof_limit: backend.proof_limit(), backend }
     }
 
     /// First guest-physical address.
@@ -155,12 +144,12 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`]; the bytes before a lost one are copied.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MappingError> {
-        if !self.is_proven() {
+        let Some(limit) = self.proof_limit else {
             return self.memory.read(offset, buf).map_err(|error| self.error(error));
-        }
+        };
         self.check(offset, buf.len())?;
         let mut at = offset;
-        for part in buf.chunks_mut(PROOF_LIMIT) {
+        for part in buf.chunks_mut(limit) {
             self.access(at, part.len() as u64, |memory| memory.read(at, part))?;
             at += part.len() as u64;
         }
@@ -412,10 +401,6 @@ impl Mapping {
         self.access(offset, W::SIZE as u64, |memory| memory.write_word(offset, value))
     }
 
-    fn is_proven(&self) -> bool {
-        matches!(self.keeps, Some(Keeps::Sysfs(_)))
-    }
-
     /// Makes an access to `len` bytes at `offset`, and proves it where nothing else keeps it from
     /// reaching what is not the view's.
     fn access<T>(
@@ -424,12 +409,13 @@ impl Mapping {
         len: u64,
         mut access: impl FnMut(&Foreign) -> Result<T, ForeignError>,
     ) -> Result<T, MappingError> {
-        let Some(Keeps::Sysfs(view)) = &self.keeps else {
+        if self.proof_limit.is_none() {
             return access(&self.memory).map_err(|error| self.error(error));
-        };
-        let gpa = self.gpa.saturating_add(offset);
-        let outcome = view.prove(gpa, len, || access(&self.memory));
-        outcome.map_err(|_| MappingError::Lost { gpa })?.map_err(|error| self.error(error))
+        }
+        let (gpa, mut outcome) = (self.gpa.saturating_add(offset), None);
+        let is_proven = self.backend.prove(gpa, len, &mut || outcome = Some(access(&self.memory)));
+        let proven = outcome.filter(|_| is_proven).ok_or(MappingError::Lost { gpa })?;
+        proven.map_err(|error| self.error(error))
     }
 
     /// What `find` finds first at `places` from `offset` on, each of which has `behind` bytes more
@@ -441,7 +427,7 @@ impl Mapping {
         behind: u64,
         mut find: impl FnMut(&Foreign, u64, u64) -> Result<Option<T>, ForeignError>,
     ) -> Result<Option<T>, MappingError> {
-        let part = if self.is_proven() { PROOF_LIMIT as u64 } else { u64::MAX };
+        let part = self.proof_limit.map_or(u64::MAX, |limit| limit as u64);
         let (mut at, mut left) = (offset, places);
         loop {
             let count = left.min(part);

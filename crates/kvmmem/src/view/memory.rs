@@ -3,33 +3,28 @@
 //! them in this process; or regions of RAM that is private to its VMM, copied by the broker.
 
 mod data;
+mod reach;
 mod read_cache;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
+use kvmmem_memory::range::{Range, first_hole};
 use kvmmem_proto::map::Region;
-
-use crate::host::{Copier, CopyError, PartialCopy};
 use kvmmem_sys::foreign::Foreign;
-use kvmmem_sys::huge::page_size;
 use kvmmem_sys::huge_write::write_at;
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::{Errno, pread};
+use rustix::io::pread;
 
 use super::clear::clear;
+use super::error::{ViewError, ViewOperation};
 use super::events::Events;
+use super::status::{Event, State};
 use super::vectored::{VectoredError, batch};
-use super::{Event, State, ViewError, ViewOperation};
-use kvmmem_memory::range::{Range, first_hole, next_range};
+use crate::host::{CopyError, PartialCopy};
+pub(super) use reach::Source;
+use reach::{COPY_LIMIT, Piece, Reach, retried};
 use read_cache::ReadCache;
-
-/// Bytes of a page.
-const PAGE: u64 = kvmmem_proto::map::PAGE_SIZE;
-
-/// The most bytes that are copied before a thread that ends the view gets a chance.
-const COPY_LIMIT: usize = 1 << 20;
 
 /// The most bytes of a batch that the broker copies before another thread gets its channels.
 const BATCH_LIMIT: usize = 8 << 20;
@@ -46,32 +41,6 @@ pub(super) struct Memory {
     /// after `reach`, and used with `reach` held alone.
     read_cache: Mutex<Option<Arc<ReadCache>>>,
     events: Events,
-}
-
-/// What can be reached.
-#[derive(Debug)]
-pub(super) struct Reach {
-    pub(super) generation: u64,
-    pub(super) state: State,
-    /// Disjoint, in pages, ascending; none once the view has ended.
-    regions: Vec<Region>,
-    source: Source,
-}
-
-/// Where the memory comes from.
-#[derive(Clone, Debug)]
-pub(super) enum Source {
-    /// From memfds, by their numbers; none once the view has ended.
-    Files(Arc<[OwnedFd]>),
-    /// From the broker.
-    Copies(Arc<Copier>),
-}
-
-/// What a copy takes from one place.
-enum Piece<'a> {
-    /// From an offset of a file.
-    File(&'a OwnedFd, u64),
-    Copy(Arc<Copier>),
 }
 
 /// A mapping in this process, for reuse while it is in use.
@@ -115,21 +84,6 @@ impl Memory {
                 copier.read(gpa, part).map_err(|error| copy_failed(operation, gpa, error))
             }
         }
-    }
-
-    /// Fills all of `buf` from `gpa` on.
-    pub(super) fn read_all(
-        &self,
-        operation: ViewOperation,
-        mut gpa: u64,
-        mut buf: &mut [u8],
-    ) -> Result<(), ViewError> {
-        while !buf.is_empty() {
-            let count = self.read(operation, gpa, buf)?;
-            gpa = gpa.saturating_add(count as u64);
-            buf = buf.get_mut(count..).unwrap_or_default();
-        }
-        Ok(())
     }
 
     /// Fills pieces in order.
@@ -218,35 +172,6 @@ impl Memory {
         }
     }
 
-    /// The next stretch with data at `gpa` or behind.
-    pub(super) fn data_from(
-        &self,
-        operation: ViewOperation,
-        gpa: u64,
-    ) -> Result<Option<Range>, ViewError> {
-        let reach = self.reach();
-        reach.check(operation)?;
-        for region in &reach.regions {
-            let Some(part) = next_range(&[range(region)], gpa) else { continue };
-            let Some(file) = reach.file(region) else { return Ok(Some(part)) };
-            let offset = region.offset + (part.gpa - region.gpa);
-            let end = offset + part.len;
-            let data = match seek(file, SeekFrom::Data(offset)) {
-                Ok(data) => data.max(offset),
-                // There is none up to the file's end.
-                Err(Errno::NXIO) => end,
-                Err(_) => return Ok(Some(part)),
-            };
-            if data < end {
-                let hole = seek(file, SeekFrom::Hole(data)).map_or(end, |hole| hole.min(end));
-                if hole > data {
-                    return Ok(Some(Range { gpa: part.gpa + (data - offset), len: hole - data }));
-                }
-            }
-        }
-        Ok(None)
-    }
-
     /// Maps `wanted`, which is made of pages.
     pub(super) fn map(
         &self,
@@ -256,7 +181,7 @@ impl Memory {
     ) -> Result<Arc<Foreign>, ViewError> {
         // Held until the mapping is in the list, so that no end of the view comes in between.
         let reach = self.reach();
-        reach.check(operation)?;
+        reach.state.check(operation)?;
         if let Source::Copies(_) = reach.source {
             return Err(ViewError::Private { operation });
         }
@@ -276,7 +201,7 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Goes over to other regions of the same files.
+    /// Changes to other regions of the same files.
     pub(super) fn change(&self, generation: u64, regions: Vec<Region>) {
         let mut reach = self.reach.write().unwrap_or_else(PoisonError::into_inner);
         let is_elsewhere = reach.regions != regions;
@@ -307,7 +232,7 @@ impl Memory {
         let mappings = std::mem::take(&mut *self.mappings());
         let lost = mappings.iter().filter_map(|mapped| mapped.memory.upgrade());
         let left = lost.filter(|memory| !clear(memory)).count();
-        // Only now can anybody see that it has ended.
+        // Only now can another thread see that it has ended.
         drop(reach);
         self.events.signal();
         left == 0
@@ -326,141 +251,6 @@ impl Memory {
     }
 }
 
-impl Reach {
-    /// The memory that can be reached.
-    pub(super) fn ranges(&self) -> Vec<Range> {
-        self.regions.iter().map(range).collect()
-    }
-
-    /// Whether the view is open.
-    fn check(&self, operation: ViewOperation) -> Result<(), ViewError> {
-        match self.state {
-            State::Open => Ok(()),
-            State::Revoked => Err(ViewError::Revoked { operation }),
-            State::Gone => Err(ViewError::Gone { operation }),
-        }
-    }
-
-    /// The file that a region lies in.
-    fn file(&self, region: &Region) -> Option<&OwnedFd> {
-        match &self.source {
-            Source::Files(files) => files.get(usize::try_from(region.file).ok()?),
-            Source::Copies(_) => None,
-        }
-    }
-
-    /// What `gpa` is copied from, and how many bytes, at most `len`, at once.
-    fn piece(
-        &self,
-        operation: ViewOperation,
-        gpa: u64,
-        len: usize,
-    ) -> Result<(Piece<'_>, usize), ViewError> {
-        self.check(operation)?;
-        let region =
-            self.regions.iter().find(|region| region.gpa <= gpa && gpa - region.gpa < region.len);
-        let region = region.ok_or(ViewError::Hole { operation, gpa })?;
-        let within = gpa - region.gpa;
-        let left = usize::try_from(region.len - within).unwrap_or(usize::MAX);
-        let piece = match &self.source {
-            Source::Copies(copier) => Piece::Copy(Arc::clone(copier)),
-            Source::Files(_) => {
-                let file = self.file(region).ok_or(ViewError::Hole { operation, gpa })?;
-                Piece::File(file, region.offset + within)
-            }
-        };
-        Ok((piece, len.min(left).min(COPY_LIMIT)))
-    }
-
-    /// Copies all of `buf` out of files.
-    fn read_all(
-        &self,
-        operation: ViewOperation,
-        mut gpa: u64,
-        mut buf: &mut [u8],
-    ) -> Result<(), ViewError> {
-        while !buf.is_empty() {
-            let (piece, len) = self.piece(operation, gpa, buf.len())?;
-            let Piece::File(file, offset) = piece else {
-                return Err(ViewError::Hole { operation, gpa });
-            };
-            let part = buf.get_mut(..len).unwrap_or_default();
-            let count = retried(|| pread(file, &mut *part, offset))
-                .map_err(|source| ViewError::System { operation, source })?;
-            gpa = gpa.saturating_add(count as u64);
-            buf = buf.get_mut(count..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    /// Length of the largest pages of the files that hold `wanted`, and what its address is to be
-    /// congruent to: its place in the file where that has huge pages, else its guest-physical
-    /// address.
-    fn fit(&self, wanted: Range) -> Result<(u64, u64), Errno> {
-        let (mut largest, mut like) = (PAGE, wanted.gpa);
-        for region in &self.regions {
-            let Some(part) = next_range(&[range(region)], wanted.gpa) else { continue };
-            if part.gpa >= wanted.gpa.saturating_add(wanted.len) {
-                break;
-            }
-            let page = self.file(region).map_or(Ok(PAGE), |file| page_size(file.as_fd()))?;
-            if page > largest {
-                // Of pieces that lie otherwise, some do not fit; the others' pages would not have
-                // either.
-                let place = region.offset + (part.gpa - region.gpa);
-                (largest, like) = (page, place.wrapping_sub(part.gpa - wanted.gpa));
-            }
-        }
-        Ok((largest, like))
-    }
-
-    /// Makes `memory`, which stands for the addresses from `gpa` on, show what is there now; the
-    /// rest of it is lost.
-    fn place(&self, gpa: u64, memory: &Foreign) -> Result<(), Errno> {
-        let (mut at, end) = (gpa, gpa.saturating_add(memory.len()));
-        for region in &joined(&self.regions) {
-            let Some(part) = next_range(&[range(region)], at).filter(|part| part.gpa < end) else {
-                continue;
-            };
-            if part.gpa > at {
-                memory.clear(at - gpa, part.gpa - at)?;
-            }
-            let len = part.len.min(end - part.gpa);
-            let file = self.file(region).ok_or(Errno::BADF)?;
-            memory.place(
-                part.gpa - gpa,
-                len,
-                file.as_fd(),
-                region.offset + (part.gpa - region.gpa),
-            )?;
-            at = part.gpa + len;
-        }
-        if at < end { memory.clear(at - gpa, end - at) } else { Ok(()) }
-    }
-}
-
-/// The regions, those that continue each other as one: a huge page must not be placed in two parts.
-fn joined(regions: &[Region]) -> Vec<Region> {
-    let mut joined: Vec<Region> = Vec::with_capacity(regions.len());
-    for region in regions {
-        match joined.last_mut() {
-            Some(last)
-                if last.file == region.file
-                    && last.gpa + last.len == region.gpa
-                    && last.offset + last.len == region.offset =>
-            {
-                last.len += region.len;
-            }
-            _ => joined.push(*region),
-        }
-    }
-    joined
-}
-
-fn range(region: &Region) -> Range {
-    Range { gpa: region.gpa, len: region.len }
-}
-
 fn copy_failed(operation: ViewOperation, gpa: u64, error: CopyError) -> ViewError {
     match error {
         CopyError::Revoked => ViewError::Revoked { operation },
@@ -468,18 +258,6 @@ fn copy_failed(operation: ViewOperation, gpa: u64, error: CopyError) -> ViewErro
         CopyError::Hole => ViewError::Hole { operation, gpa },
         CopyError::ReadOnly => ViewError::ReadOnly { operation },
         source => ViewError::Copy { operation, gpa, source: Box::new(source) },
-    }
-}
-
-/// The number of bytes that were copied, which is positive.
-fn retried(mut copy: impl FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
-    loop {
-        match copy() {
-            // The file is sealed against shrinking.
-            Ok(0) => return Err(Errno::IO),
-            Err(Errno::INTR) => {}
-            result => return result,
-        }
     }
 }
 

@@ -37,13 +37,12 @@ use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
 use self::discover::Bus;
-use self::shared::{Follow, Shared, Unproven};
+use self::shared::{Follow, PROOF_LIMIT, Shared};
+use super::backend::Backend;
 use super::error::{ViewError, ViewOperation};
 use super::guest_endpoint::GuestConnection;
 use super::status::{Access, Event, State, Status};
-use super::vectored::VectoredError;
 use discover::SysfsError;
-pub(super) use shared::PROOF_LIMIT;
 
 /// Where the kernel shows PCI devices.
 const DEVICES: &str = "/sys/bus/pci/devices";
@@ -112,94 +111,8 @@ impl SysfsView {
         Ok(view)
     }
 
-    pub(super) fn status(&self) -> Status {
-        self.shared.status()
-    }
-
-    pub(super) fn instance(&self) -> Option<u64> {
-        self.shared.instance()
-    }
-
-    pub(super) fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Read { gpa, len: buf.len() };
-        let (mut gpa, mut rest) = (gpa, buf);
-        while !rest.is_empty() {
-            let count = self.shared.read(gpa, rest).map_err(|error| error.of(operation, gpa))?;
-            gpa = gpa.saturating_add(count as u64);
-            rest = rest.get_mut(count..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    pub(super) fn read_vectored(
-        &self,
-        pieces: &mut [(u64, &mut [u8])],
-    ) -> Result<(), VectoredError> {
-        for (piece, (gpa, bytes)) in pieces.iter_mut().enumerate() {
-            self.read_at(*gpa, bytes).map_err(|source| VectoredError { piece, source })?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn write_at(&self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
-        let operation = ViewOperation::Write { gpa, len: bytes.len() };
-        if !self.is_writable {
-            return Err(ViewError::ReadOnly { operation });
-        }
-        let (mut gpa, mut rest) = (gpa, bytes);
-        while !rest.is_empty() {
-            let count = self.shared.write(gpa, rest).map_err(|error| error.of(operation, gpa))?;
-            gpa = gpa.saturating_add(count as u64);
-            rest = rest.get(count..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    pub(super) fn data_from(&self, gpa: u64) -> Result<Option<Range>, ViewError> {
-        let operation = ViewOperation::Seek { gpa };
-        let status = self.open_status(operation)?;
-        Ok(next_range(&status.ranges, gpa))
-    }
-
-    /// Memory for a mapping of `range`.
-    pub(super) fn map(&self, range: Range) -> Result<Arc<Foreign>, ViewError> {
-        let operation = ViewOperation::Map { gpa: range.gpa, len: range.len };
-        if !range.is_pages() {
-            return Err(ViewError::Pages { operation });
-        }
-        let status = self.open_status(operation)?;
-        if let Some(gpa) = first_hole(&status.ranges, range) {
-            return Err(ViewError::Hole { operation, gpa });
-        }
-        self.shared.map(range).map_err(|error| error.of(operation, range.gpa))
-    }
-
-    /// The view's status, if it is open.
-    fn open_status(&self, operation: ViewOperation) -> Result<Status, ViewError> {
-        let status = self.status();
-        match status.state {
-            State::Open => Ok(status),
-            State::Revoked => Err(ViewError::Revoked { operation }),
-            State::Gone => Err(ViewError::Gone { operation }),
-        }
-    }
-
-    /// Makes an access to `len` bytes at `gpa`, which have been mapped, and proves it.
-    pub(super) fn prove<T>(
-        &self,
-        gpa: u64,
-        len: u64,
-        mut access: impl FnMut() -> T,
-    ) -> Result<T, Unproven> {
-        self.shared.prove(gpa, len, |_| access())
-    }
-
-    pub(super) fn wait(&self, timeout: Duration) -> Option<Event> {
-        self.shared.wait(timeout)
-    }
-
     /// Closes the view: nothing of it is mapped here any more, and the host knows.
-    pub(super) fn detach(&self) {
+    fn end(&self) {
         if !self.shared.is_own_process() {
             return;
         }
@@ -213,9 +126,63 @@ impl SysfsView {
     }
 }
 
+impl Backend for SysfsView {
+    fn status(&self) -> Result<Status, ViewError> {
+        Ok(self.shared.status())
+    }
+
+    fn instance(&self) -> Result<Option<u64>, ViewError> {
+        Ok(self.shared.instance())
+    }
+
+    fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    fn read(&self, operation: ViewOperation, gpa: u64, buf: &mut [u8]) -> Result<usize, ViewError> {
+        self.shared.read(gpa, buf).map_err(|error| error.of(operation, gpa))
+    }
+
+    fn write(&self, operation: ViewOperation, gpa: u64, bytes: &[u8]) -> Result<usize, ViewError> {
+        self.shared.write(gpa, bytes).map_err(|error| error.of(operation, gpa))
+    }
+
+    fn data_from(&self, operation: ViewOperation, gpa: u64) -> Result<Option<Range>, ViewError> {
+        let status = self.shared.status();
+        status.state.check(operation)?;
+        Ok(next_range(&status.ranges, gpa))
+    }
+
+    fn map(&self, operation: ViewOperation, range: Range) -> Result<Arc<Foreign>, ViewError> {
+        let status = self.shared.status();
+        status.state.check(operation)?;
+        if let Some(gpa) = first_hole(&status.ranges, range) {
+            return Err(ViewError::Hole { operation, gpa });
+        }
+        self.shared.map(range).map_err(|error| error.of(operation, range.gpa))
+    }
+
+    fn wait(&self, timeout: Duration) -> Result<Option<Event>, ViewError> {
+        Ok(self.shared.wait(timeout))
+    }
+
+    fn detach(&self) -> Result<(), ViewError> {
+        self.end();
+        Ok(())
+    }
+
+    fn proof_limit(&self) -> Option<usize> {
+        Some(PROOF_LIMIT)
+    }
+
+    fn prove(&self, gpa: u64, len: u64, access: &mut dyn FnMut()) -> bool {
+        self.shared.prove(gpa, len, |_| access()).is_ok()
+    }
+}
+
 impl Drop for SysfsView {
     fn drop(&mut self) {
-        self.detach();
+        self.end();
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Reads of many pieces in one call: how far one got.
+//! Reads of many pieces: of several addresses in one call, and of one address in several.
 
 use super::error::ViewError;
 
@@ -28,4 +28,18 @@ pub(super) fn batch<'p, 'b>(
     };
     let count = pieces.iter().take_while(|piece| fits(piece)).count().max(1);
     pieces.get_mut(..count).unwrap_or_default()
+}
+
+/// Fills all of `buf` with what is at `gpa`. `read` copies at least one byte, and returns how many.
+pub(super) fn fill(
+    mut gpa: u64,
+    mut buf: &mut [u8],
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<usize, ViewError>,
+) -> Result<(), ViewError> {
+    while !buf.is_empty() {
+        let count = read(gpa, buf)?;
+        gpa = gpa.saturating_add(count as u64);
+        buf = buf.get_mut(count..).unwrap_or_default();
+    }
+    Ok(())
 }

@@ -12,24 +12,51 @@ use kvmmem_sys::cachestat::pages_with_contents;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::{Memory, range};
-use crate::view::{ViewError, ViewOperation};
+use super::reach::{Reach, range};
+use crate::view::error::{ViewError, ViewOperation};
 
-impl Memory {
+impl Reach {
+    /// The next range with data at `gpa` or after it.
+    pub(in crate::view) fn data_from(
+        &self,
+        operation: ViewOperation,
+        gpa: u64,
+    ) -> Result<Option<Range>, ViewError> {
+        self.state.check(operation)?;
+        for region in &self.regions {
+            let Some(part) = next_range(&[range(region)], gpa) else { continue };
+            let Some(file) = self.file(region) else { return Ok(Some(part)) };
+            let offset = region.offset + (part.gpa - region.gpa);
+            let end = offset + part.len;
+            let data = match seek(file, SeekFrom::Data(offset)) {
+                Ok(data) => data.max(offset),
+                // There is none up to the file's end.
+                Err(Errno::NXIO) => end,
+                Err(_) => return Ok(Some(part)),
+            };
+            if data < end {
+                let hole = seek(file, SeekFrom::Hole(data)).map_or(end, |hole| hole.min(end));
+                if hole > data {
+                    return Ok(Some(Range { gpa: part.gpa + (data - offset), len: hole - data }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// The parts of `wanted` that have contents; `None` where the system does not tell for a part.
     pub(in crate::view) fn data_in(
         &self,
         operation: ViewOperation,
         wanted: Range,
     ) -> Result<Option<Vec<Range>>, ViewError> {
-        let reach = self.reach();
-        reach.check(operation)?;
+        self.state.check(operation)?;
         let mut data = Vec::new();
-        for region in &reach.regions {
+        for region in &self.regions {
             let part =
                 next_range(&[range(region)], wanted.gpa).filter(|part| part.gpa < wanted.end());
             let Some(part) = part else { continue };
-            let Some(file) = reach.file(region) else { return Ok(None) };
+            let Some(file) = self.file(region) else { return Ok(None) };
             let len = part.len.min(wanted.end() - part.gpa);
             let offset = region.offset + (part.gpa - region.gpa);
             let Some(parts) = in_file(file, offset, len) else { return Ok(None) };

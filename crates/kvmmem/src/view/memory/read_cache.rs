@@ -10,9 +10,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
+use kvmmem_memory::Range;
+use kvmmem_proto::map::PAGE_SIZE as PAGE;
 use kvmmem_sys::foreign::Foreign;
 
-use super::{PAGE, Range, Reach};
+use super::reach::Reach;
 
 /// How long a page that was in memory is taken to be there still.
 const FRESH: Duration = Duration::from_secs(1);

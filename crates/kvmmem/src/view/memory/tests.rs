@@ -172,7 +172,7 @@ fn after_the_end_nothing_is_left() {
             memory.read(READ, 0, &mut [0]).unwrap_err(),
             memory.write(READ, 0, &[0]).unwrap_err(),
             memory.map(READ, pages(0, 1), false).unwrap_err(),
-            memory.data_from(READ, 0).unwrap_err(),
+            memory.reach().data_from(READ, 0).unwrap_err(),
         ];
         for error in errors {
             match state {
@@ -213,7 +213,7 @@ fn holes_of_the_file_are_no_data() {
     }
     // File pages 0 to 3 at 4, 8 to 11 at 8, 2 to 3 of a hole at 20.
     let memory = memory(&[region(4, 4, 0), region(8, 4, 8), region(20, 2, 12)], &file);
-    let data = |gpa| memory.data_from(READ, gpa).unwrap();
+    let data = |gpa| memory.reach().data_from(READ, gpa).unwrap();
     assert_eq!(data(0), Some(pages(6, 2)));
     assert_eq!(data(6 * PAGE + 5), Some(Range { gpa: 6 * PAGE + 5, len: 2 * PAGE - 5 }));
     assert_eq!(data(8 * PAGE), Some(pages(9, 1)));

@@ -18,7 +18,7 @@ use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN, STATE_
 use tempfile::TempDir;
 
 use super::*;
-use crate::view::mapping::{Keeps, Mapping, MappingError};
+use crate::view::mapping::{Mapping, MappingError};
 
 const PAGE: u64 = 0x1000;
 const PAGE_SIZE: usize = 0x1000;
@@ -171,8 +171,8 @@ impl Host {
 }
 
 fn map(view: &Arc<SysfsView>, range: Range) -> Result<Mapping, ViewError> {
-    let memory = view.map(range)?;
-    Ok(Mapping::new(range.gpa, memory, Some(Keeps::Sysfs(Arc::clone(view)))))
+    let memory = view.map(ViewOperation::Map { gpa: range.gpa, len: range.len }, range)?;
+    Ok(Mapping::new(range.gpa, memory, Arc::clone(view) as _))
 }
 
 fn is_revoked<T: std::fmt::Debug>(result: Result<T, ViewError>) -> bool {
@@ -192,16 +192,16 @@ fn a_view_is_read_and_mapped_until_it_is_revoked() {
     let host = machine.head();
     host.wait_for_seen(2);
     assert_eq!(fs::read_to_string(machine.path("01:00.1", "enable")).unwrap(), "1");
-    let status = view.status();
+    let status = view.status().unwrap();
     assert_eq!((status.state, status.generation, status.uuid), (State::Open, 2, [0x1d; 16]));
     assert_eq!(status.ranges[1], Range { gpa: 0x10_0000, len: 0x2000 });
-    assert_eq!(view.instance(), Some(5));
+    assert_eq!(view.instance().unwrap(), Some(5));
     let mut bytes = [0; 5];
     view.read_at(0x10_0000, &mut bytes).unwrap();
     assert_eq!(&bytes, b"range");
     assert!(matches!(view.read_at(0x1ffe, &mut bytes), Err(ViewError::Hole { gpa: 0x2000, .. })));
     assert!(matches!(view.write_at(0, b"x"), Err(ViewError::ReadOnly { .. })));
-    let next = view.data_from(0x1000).unwrap();
+    let next = view.data_from(ViewOperation::Seek { gpa: 0x1000 }, 0x1000).unwrap();
     assert_eq!(next, Some(Range { gpa: 0x1000, len: 0x1000 }));
     let mapping = map(&view, Range { gpa: 0x10_0000, len: PAGE }).unwrap();
     mapping.read(0, &mut bytes).unwrap();
@@ -213,18 +213,18 @@ fn a_view_is_read_and_mapped_until_it_is_revoked() {
     host.write(120, &6u64.to_le_bytes());
     host.say(STATE_OPEN);
     host.wait_for_seen(4);
-    assert_eq!(view.wait(PATIENCE), Some(Event::Changed));
-    assert_eq!(view.instance(), Some(6));
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Changed));
+    assert_eq!(view.instance().unwrap(), Some(6));
     mapping.read(0, &mut bytes).unwrap();
 
     host.say(STATE_REVOKED);
-    assert_eq!(view.wait(PATIENCE), Some(Event::Revoked));
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Revoked));
     host.wait_for_seen(SEEN_ALL);
     assert!(is_revoked(view.read_at(0, &mut bytes)));
     assert!(is_revoked(map(&view, Range { gpa: 0, len: PAGE })));
     assert_eq!(mapping.read(0, &mut bytes), Err(MappingError::Lost { gpa: 0x10_0000 }));
     assert_eq!(mapping.read_u64(8), Err(MappingError::Lost { gpa: 0x10_0008 }));
-    assert_eq!(view.status().ranges, []);
+    assert_eq!(view.status().unwrap().ranges, []);
 }
 
 #[test]
@@ -236,9 +236,9 @@ fn the_hosts_end_of_the_connection_and_the_tools_end_the_view() {
         let mapping = map(&view, Range { gpa: 0, len: PAGE }).unwrap();
         if by_host {
             drop(theirs);
-            assert_eq!(view.wait(PATIENCE), Some(Event::Gone));
+            assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
         } else {
-            view.detach();
+            view.detach().unwrap();
         }
         assert!(is_gone(view.read_at(0, &mut [0])));
         assert_eq!(mapping.read_u8(0), Err(MappingError::Lost { gpa: 0 }));
@@ -322,14 +322,14 @@ fn a_host_that_stops_in_the_midst_of_a_change_is_waited_for() {
     host.write(GENERATION_AT, &3u64.to_le_bytes());
     let error = view.read_at(0, &mut [0]).unwrap_err();
     assert_eq!(error.errno(), Some(rustix::io::Errno::AGAIN.raw_os_error()), "{error}");
-    assert_eq!(view.status().state, State::Open);
+    assert_eq!(view.status().unwrap().state, State::Open);
     host.write(GENERATION_AT, &4u64.to_le_bytes());
     view.read_at(0, &mut [0]).unwrap();
     host.wait_for_seen(4);
     // One that goes back lies.
     host.write(GENERATION_AT, &2u64.to_le_bytes());
-    assert_eq!(view.wait(PATIENCE), Some(Event::Changed));
-    assert_eq!(view.wait(PATIENCE), Some(Event::Gone));
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Changed));
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
     assert_eq!(host.complaint(), COMPLAINT_INVALID);
 }
 
@@ -445,7 +445,7 @@ fn a_descriptor_that_ends_or_cannot_be_ends_the_view() {
         host.write(GENERATION_AT, &3u64.to_le_bytes());
         host.write(at, &bytes);
         host.write(GENERATION_AT, &4u64.to_le_bytes());
-        assert_eq!(view.wait(PATIENCE), Some(state), "{at}");
+        assert_eq!(view.wait(PATIENCE).unwrap(), Some(state), "{at}");
         host.wait_for_seen(SEEN_ALL);
     }
     let machine = Machine::new();
@@ -526,7 +526,7 @@ fn what_makes_the_module_refuse_a_descriptor_does_so_here() {
         host.write(GENERATION_AT, &3u64.to_le_bytes());
         host.write(at, bytes);
         host.write(GENERATION_AT, &4u64.to_le_bytes());
-        assert_eq!(view.wait(PATIENCE), Some(Event::Gone), "{at} {value:#x}");
+        assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone), "{at} {value:#x}");
         host.wait_for_seen(SEEN_ALL);
         assert_eq!(host.complaint(), COMPLAINT_INVALID);
     }
