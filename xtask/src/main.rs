@@ -44,6 +44,7 @@ mod public_items;
 mod qemus;
 mod release;
 mod root;
+mod rust_files;
 mod scenarios;
 mod source_check;
 mod style;

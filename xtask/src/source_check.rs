@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Checks that `unsafe` is only in `kvmmem-sys` and `kernel/sys/`.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
+
+use crate::rust_files;
 
 /// Where Rust code is.
 const FOLDERS: [&str; 4] = ["crates", "kernel", "tests", "xtask"];
@@ -17,33 +18,18 @@ const ALLOWED: [&str; 2] = ["crates/kvmmem-sys", "kernel/sys"];
 pub(crate) fn unsafe_code(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for folder in FOLDERS {
-        walk(root, Path::new(folder), &mut found)?;
+        rust_files::visit(root, folder.as_ref(), &mut |path, text| {
+            if ALLOWED.iter().any(|allowed| path.starts_with(allowed)) {
+                return;
+            }
+            let shown = path.display();
+            found.extend(places(text).map(|line| format!("{shown}:{line}: unsafe code")));
+            if is_crate_root(path) && !text.contains("#![deny(unsafe_code)]") {
+                found.push(format!("{shown}: lacks #![deny(unsafe_code)]"));
+            }
+        })?;
     }
     Ok(found)
-}
-
-fn walk(root: &Path, folder: &Path, found: &mut Vec<String>) -> Result<()> {
-    let entries = fs::read_dir(root.join(folder)).with_context(|| folder.display().to_string())?;
-    let mut paths = entries
-        .map(|entry| Ok(folder.join(entry?.file_name())))
-        .collect::<std::io::Result<Vec<PathBuf>>>()?;
-    paths.sort();
-    for path in paths.iter().filter(|path| !ALLOWED.iter().any(|allowed| path.starts_with(allowed)))
-    {
-        if root.join(path).is_dir() {
-            walk(root, path, found)?;
-        } else if path.extension().is_some_and(|end| end == "rs") {
-            let text =
-                fs::read_to_string(root.join(path)).with_context(|| path.display().to_string())?;
-            for line in places(&text) {
-                found.push(format!("{}:{line}: unsafe code", path.display()));
-            }
-            if is_crate_root(path) && !text.contains("#![deny(unsafe_code)]") {
-                found.push(format!("{}: lacks #![deny(unsafe_code)]", path.display()));
-            }
-        }
-    }
-    Ok(())
 }
 
 fn is_crate_root(path: &Path) -> bool {
@@ -68,6 +54,8 @@ fn places(text: &str) -> impl Iterator<Item = usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -209,12 +209,8 @@ impl<'a> FindingLine<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::outcome::tests::hidden;
     use super::*;
-
-    fn hidden(name: &str) -> Finding {
-        let (found, missing) = ("the table of pids", "the lists of tasks");
-        Finding::Hidden { name: name.to_owned(), gva: 0x1000, found, missing }
-    }
 
     #[test]
     fn a_finding_is_a_sentence_that_cannot_drive_the_terminal() {

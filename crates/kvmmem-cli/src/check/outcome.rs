@@ -73,13 +73,13 @@ pub(super) fn retain(outcomes: &mut [Outcome], now: Vec<Outcome>) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use kvmmem_client::admin::VcpuRegisters;
     use kvmmem_linux::integrity::Finding;
 
     use super::*;
 
-    fn hidden(name: &str) -> Finding {
+    pub(in crate::check) fn hidden(name: &str) -> Finding {
         let (found, missing) = ("the table of pids", "the lists of tasks");
         Finding::Hidden { name: name.to_owned(), gva: 0x1000, found, missing }
     }

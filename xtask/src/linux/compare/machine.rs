@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{WORKER, line, number, process_ids, text};
+use super::processes::{WORKER, line, process_ids};
+use super::row::{number, text};
 use crate::linux::truth::Truth;
 
 /// `check` of a guest that is as it should be.

@@ -8,7 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{number, process_ids, text};
+use super::processes::process_ids;
+use super::row::{number, text};
 use crate::linux::truth::Truth;
 
 /// Protocols whose files have the same fields.
