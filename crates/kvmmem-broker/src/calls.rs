@@ -16,7 +16,7 @@ use mint::random_token;
 use crate::audit::Event;
 use crate::broker::Broker;
 use crate::core::call::{Means, Reply};
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::core::revocation::Revocation;
 use crate::core::views::NewView;
 use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
@@ -53,7 +53,7 @@ impl Broker {
         peer: &Peer,
         vm: Option<&Vm>,
         call: Call,
-    ) -> Result<Outcome, Refused> {
+    ) -> Result<Outcome, CallError> {
         let files = match &call {
             Call::Attach { token, read_only, .. } if vm.is_none() => {
                 self.files_for(peer, token, *read_only)?
@@ -88,7 +88,7 @@ impl Broker {
                 Outcome::Done
             }
             Reply::Attached(attached) => {
-                let target = target.ok_or_else(Refused::busy)?;
+                let target = target.ok_or_else(CallError::busy)?;
                 let (answer, files) = self.show(peer, vm.is_some(), &attached, files)?;
                 let (opened, caller) = (&attached.opened, &attached.caller);
                 let (view, by) = (attached.view, vm);
@@ -124,7 +124,7 @@ impl Broker {
         &self,
         peer: &Peer,
         mut call: Call,
-    ) -> Result<(Reply, Option<Arc<Vm>>), Refused> {
+    ) -> Result<(Reply, Option<Arc<Vm>>), CallError> {
         let mut means = Means::default();
         if matches!(call, Call::Grant(_)) {
             means.token = random_token().ok();
@@ -142,12 +142,12 @@ impl Broker {
             if let Some(sending) = sending.as_ref().filter(|_| is_second) {
                 // What waits is sent before it is looked at what the peer has read.
                 let _ = peer.flush_held(sending);
-                means.may_get_files = peer.has_read().map_err(|_| Refused::busy())?;
+                means.may_get_files = peer.has_read().map_err(|_| CallError::busy())?;
             }
             let handle = |tables: &mut Tables| {
                 let reply = tables.core.handle(now, who, call, &means)?;
                 let target = reply.target().and_then(|target| tables.vms.get(&target).cloned());
-                Ok::<_, Refused>((reply, target))
+                Ok::<_, CallError>((reply, target))
             };
             let (decided, pending) = self.decide_only(handle);
             let sent = sending.as_ref().map_or(Ok(()), |sending| peer.flush_held(sending));
@@ -156,7 +156,7 @@ impl Broker {
             match (decided?, sent) {
                 ((Reply::Unread(again), _), _) => {
                     if Instant::now() >= deadline {
-                        return Err(Refused::busy());
+                        return Err(CallError::busy());
                     }
                     if is_second {
                         std::thread::sleep(READ_PAUSE);
@@ -166,11 +166,11 @@ impl Broker {
                 }
                 ((Reply::Attached(attached), _), Err(failed)) => {
                     self.undo_attach(peer, &attached, failed.target);
-                    return Err(Refused::busy());
+                    return Err(CallError::busy());
                 }
                 ((Reply::Redeemed(_), _), Err(NotSent { target: Some(target) })) => {
                     self.decide(|tables| tables.core.not_introduced(who, target));
-                    return Err(Refused::busy());
+                    return Err(CallError::busy());
                 }
                 (decided, _) => return Ok(decided),
             }
@@ -184,7 +184,7 @@ impl Broker {
         peer: &Peer,
         token: &Token,
         read_only: bool,
-    ) -> Result<Option<Vec<OwnedFd>>, Refused> {
+    ) -> Result<Option<Vec<OwnedFd>>, CallError> {
         let (now, mut tables) = (self.now(), self.tables());
         let opened = tables.core.would_open(now, peer.number(), token, read_only);
         let ram = opened.and_then(|(target, rights)| {
@@ -197,7 +197,7 @@ impl Broker {
             Rights::ReadWrite => ram.duplicate(),
         };
         files.map(Some).map_err(|error| {
-            Refused::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
+            CallError::new(Refusal::Limit, format!("cannot open the target's RAM: {error}"))
         })
     }
 
@@ -208,7 +208,7 @@ impl Broker {
         is_vmm: bool,
         attached: &NewView,
         files: Option<Vec<OwnedFd>>,
-    ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
+    ) -> Result<(Answer, Vec<OwnedFd>), CallError> {
         let NewView { view, opened, identity, layout, .. } = attached;
         let (view, grant, scope) = (*view, opened.grant, opened.scope.clone());
         if is_vmm {
@@ -218,7 +218,7 @@ impl Broker {
         // A token's target and rights do not change, so there are none only if there was no token.
         let files = files.ok_or_else(|| {
             self.undo_attach(peer, attached, None);
-            Refused::busy()
+            CallError::busy()
         })?;
         let answer = Answer::HostAttached {
             view,

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::audit::Event;
 use crate::calls::Outcome;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
@@ -54,7 +54,7 @@ pub(crate) fn serve(service: &Arc<Service>, peer: &Arc<Peer>) {
             error,
             PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)
         ) {
-            refuse(peer, 0, &Refused::from_error(Refusal::Malformed, &error));
+            refuse(peer, 0, &CallError::from_error(Refusal::Malformed, &error));
         }
         // Without its sources, which may repeat parts of the packet.
         let (vm, reason) = (connection.vm.as_deref(), &error.to_string());
@@ -113,7 +113,7 @@ impl Connection<'_> {
         self.service.broker().buffers().lend(|buffer| socket.receive(buffer))
     }
 
-    fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, Refused> {
+    fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, CallError> {
         let has_just_registered = std::mem::take(&mut self.has_just_registered);
         let (service, peer, vm) = (self.service, self.peer, self.vm.as_deref());
         let broker = service.broker();
@@ -143,7 +143,7 @@ impl Connection<'_> {
                 if !has_just_registered {
                     let message =
                         "only the first call after the registration may continue a generation";
-                    return Err(Refused::new(Refusal::Denied, message));
+                    return Err(CallError::new(Refusal::Denied, message));
                 }
                 broker.ram_continued(vm, generation)?;
                 std::thread::sleep(CHANGE_PAUSE);
@@ -182,7 +182,7 @@ impl Connection<'_> {
         &mut self,
         registration: Registration,
         files: Vec<OwnedFd>,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let Registration { identity, vcpu_questions, regions } = registration;
         let mut ram = Ram::registered(&identity, regions, files)?;
         let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
@@ -198,7 +198,7 @@ impl Connection<'_> {
 }
 
 /// Answers that a request is refused. A peer that does not read is not waited for.
-pub(crate) fn refuse(peer: &Peer, id: u64, refused: &Refused) {
+pub(crate) fn refuse(peer: &Peer, id: u64, refused: &CallError) {
     let message =
         FromBroker::Refused { id, refusal: refused.refusal, message: refused.message.clone() };
     let _ = peer.send(&message, &[], Wait::No);

@@ -21,7 +21,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 use crate::audit::Event;
 use crate::broker::Broker;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::peer::{MAX_CHANNELS, Peer};
 use crate::ram::AccessError;
 use crate::registry::Vm;
@@ -67,8 +67,8 @@ impl Broker {
         peer: &Arc<Peer>,
         view: u64,
         mut files: Vec<OwnedFd>,
-    ) -> Result<(Answer, Vec<OwnedFd>), Refused> {
-        let invalid = |what: &str| Refused::new(Refusal::Invalid, what);
+    ) -> Result<(Answer, Vec<OwnedFd>), CallError> {
+        let invalid = |what: &str| CallError::new(Refusal::Invalid, what);
         let (vm, ..) = self.copied(peer, view)?;
         if !vm.ram().is_some_and(|ram| ram.is_private()) {
             return Err(invalid("the target's RAM is mapped, not copied"));
@@ -81,8 +81,9 @@ impl Broker {
                 "a channel's memfd must have {BUFFER:#x} bytes, allocated, sealed with F_SEAL_SHRINK: {error}"
             ))
         })?;
-        let system =
-            |error: Errno| Refused::new(Refusal::Limit, format!("cannot open a channel: {error}"));
+        let system = |error: Errno| {
+            CallError::new(Refusal::Limit, format!("cannot open a channel: {error}"))
+        };
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(system)?;
@@ -97,16 +98,16 @@ impl Broker {
         match started {
             Ok(_) => Ok((Answer::CopiesOpened, vec![theirs])),
             Err(error) => {
-                Err(Refused::new(Refusal::Limit, format!("cannot start a thread: {error}")))
+                Err(CallError::new(Refusal::Limit, format!("cannot start a thread: {error}")))
             }
         }
     }
 
     /// The target of a view of this connection's, where its memory is that the view reaches, and
     /// the view's rights.
-    fn copied(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), Refused> {
+    fn copied(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), CallError> {
         let ended = || {
-            Refused::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
+            CallError::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
         };
         let (vm, scope) = self.reached(peer, view).ok_or_else(ended)?;
         let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
@@ -233,9 +234,13 @@ struct ChannelSlot {
 }
 
 impl ChannelSlot {
-    fn take(broker: &Arc<Broker>, peer: &Arc<Peer>, socket: Arc<OwnedFd>) -> Result<Self, Refused> {
+    fn take(
+        broker: &Arc<Broker>,
+        peer: &Arc<Peer>,
+        socket: Arc<OwnedFd>,
+    ) -> Result<Self, CallError> {
         let full = |why: String| {
-            Refused::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"))
+            CallError::new(Refusal::Limit, format!("cannot open a channel for copies: {why}"))
         };
         let who = peer.credentials();
         let taken = broker.tables().core.channels.take(who);

@@ -8,6 +8,7 @@
 //! operations with a few peers.
 
 pub(crate) mod call;
+pub(crate) mod call_error;
 pub(crate) mod effect;
 pub(crate) mod grants;
 pub(crate) mod introduction;
@@ -19,7 +20,6 @@ mod model;
 mod peers;
 pub(crate) mod policy;
 pub(crate) mod quota;
-pub(crate) mod refused;
 pub(crate) mod revocation;
 pub(crate) mod role;
 pub(crate) mod tokens;

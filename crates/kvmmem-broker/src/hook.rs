@@ -19,7 +19,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{HookInfo, Refusal};
 use rustix::net::Shutdown;
 
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::reactor::{Reactor, Token};
 use crate::sync::lock;
 
@@ -80,7 +80,7 @@ pub(crate) enum HookError {
     Gone,
 }
 
-impl From<HookError> for Refused {
+impl From<HookError> for CallError {
     fn from(error: HookError) -> Self {
         let refusal = match error {
             HookError::Exists(_) => Refusal::Exists,

@@ -33,4 +33,4 @@ mod unplug;
 mod view;
 
 pub use handle::Introspector;
-pub use open::{OpenError, Opened};
+pub use open::{OpenError, OpenView};

@@ -42,12 +42,12 @@ mod workers;
 
 pub use crate::audit::TARGET as AUDIT_TARGET;
 pub use crate::broker::Broker;
+pub use crate::core::call_error::CallError;
 pub use crate::core::layout::Layout;
 pub use crate::core::limits::Limits;
 pub use crate::core::quota::Bound;
-pub use crate::core::refused::Refused;
 pub use crate::daemon::run_daemon;
-pub use crate::introspector::{Introspector, OpenError, Opened};
+pub use crate::introspector::{Introspector, OpenError, OpenView};
 pub use crate::options::Options;
 pub use crate::server::{Server, ServerError};
 pub use crate::service::Service;

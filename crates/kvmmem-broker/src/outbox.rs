@@ -33,7 +33,7 @@ struct Waiting {
 
 /// What is at the head of the queue.
 #[derive(Debug)]
-pub(crate) enum Next {
+pub(crate) enum QueueHead {
     Packet(Packet),
     /// There were too many.
     Overflow,
@@ -56,12 +56,12 @@ impl Outbox {
     }
 
     /// Takes the next push out; its caller holds [`Self::sending`].
-    pub(crate) fn take(&self, _sending: &MutexGuard<'_, ()>) -> Option<Next> {
+    pub(crate) fn take(&self, _sending: &MutexGuard<'_, ()>) -> Option<QueueHead> {
         let mut waiting = self.lock();
         if waiting.has_overflowed {
-            return Some(Next::Overflow);
+            return Some(QueueHead::Overflow);
         }
-        waiting.packets.pop_front().map(Next::Packet)
+        waiting.packets.pop_front().map(QueueHead::Packet)
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -88,7 +88,7 @@ mod tests {
         };
         let flush = || {
             let sending = outbox.sending();
-            while let Some(Next::Packet((Push::Revoke { grant }, _))) = outbox.take(&sending) {
+            while let Some(QueueHead::Packet((Push::Revoke { grant }, _))) = outbox.take(&sending) {
                 sent.lock().unwrap().push(grant);
             }
         };
@@ -110,6 +110,6 @@ mod tests {
         let outbox = Outbox::default();
         (0..2 * MAX as u64).for_each(|grant| outbox.put(revoke(grant)));
         assert_eq!(outbox.lock().packets.len(), MAX);
-        assert!(matches!(outbox.take(&outbox.sending()), Some(Next::Overflow)));
+        assert!(matches!(outbox.take(&outbox.sending()), Some(QueueHead::Overflow)));
     }
 }

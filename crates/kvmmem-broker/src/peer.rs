@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use crate::audit::limits::Limits;
 use crate::core::effect::Push;
 use crate::core::limits::KVMI_LIFETIME;
-use crate::outbox::{Next, Outbox, Packet};
+use crate::outbox::{Outbox, Packet, QueueHead};
 use crate::ram::Ram;
 use crate::sync::lock;
 use crate::vmm_questions::VmmQuestions;
@@ -238,7 +238,7 @@ impl Peer {
     pub(crate) fn flush_held(&self, sending: &MutexGuard<'_, ()>) -> Result<(), NotSent> {
         let mut sent = Ok(());
         while let Some(next) = self.outbox.take(sending) {
-            let Next::Packet(packet) = next else {
+            let QueueHead::Packet(packet) = next else {
                 self.shut_down();
                 break;
             };

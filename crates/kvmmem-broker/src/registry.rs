@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{TargetInfo, VmIdentity};
 
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::core::vms::RegisterError;
 use crate::hook::Hooks;
 use crate::peer::Peer;
@@ -94,9 +94,9 @@ impl Ram {
         identity: &VmIdentity,
         regions: Vec<Region>,
         files: Vec<OwnedFd>,
-    ) -> Result<Option<Self>, Refused> {
+    ) -> Result<Option<Self>, CallError> {
         match (identity.introspectable, files.is_empty()) {
-            (true, false) => Self::new(files, regions).map(Some).map_err(Refused::from),
+            (true, false) => Self::new(files, regions).map(Some).map_err(CallError::from),
             (false, true) if regions.is_empty() => Ok(None),
             _ => Err(RegisterError::NoRam.into()),
         }

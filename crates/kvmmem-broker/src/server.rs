@@ -29,8 +29,8 @@ use rustix::net::SocketFlags;
 
 use crate::audit::Event;
 use crate::connection;
+use crate::core::call_error::CallError;
 use crate::core::limits::Limits;
-use crate::core::refused::Refused;
 use crate::peer::Peer;
 use crate::service::Service;
 
@@ -214,14 +214,14 @@ impl Server {
         // The socket's mode lets its owner in, and the group where there is one. Without a group
         // this is checked again here, in case the mode was changed.
         if !credentials.is_administrator() && !self.group {
-            self.refuse(&peer, &Refused::new(Refusal::Denied, format!("user {uid} may not")));
+            self.refuse(&peer, &CallError::new(Refusal::Denied, format!("user {uid} may not")));
             return Ok(());
         }
         let place = match ConnectionSlot::take(&self.shared, &peer) {
             Ok(place) => place,
             Err(error) => {
                 let message = format!("connections: {error}");
-                self.refuse(&peer, &Refused::new(Refusal::Limit, message));
+                self.refuse(&peer, &CallError::new(Refusal::Limit, message));
                 return Ok(());
             }
         };
@@ -232,7 +232,7 @@ impl Server {
     }
 
     /// Refuses a connection.
-    fn refuse(&self, peer: &Peer, refused: &Refused) {
+    fn refuse(&self, peer: &Peer, refused: &CallError) {
         connection::refuse(peer, 0, refused);
         let reason = &refused.message;
         self.shared.service.broker().audit().write(Event::Refused { peer, vm: None, reason });

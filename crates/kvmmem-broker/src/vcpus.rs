@@ -9,7 +9,7 @@ use kvmmem_proto::message::{Answer, Refusal};
 use kvmmem_qemu::questions::{AskError, Pause, Questions};
 
 use crate::audit::Event;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::peer::Peer;
 use crate::registry::Vm;
 use crate::service::Service;
@@ -30,7 +30,7 @@ impl Service {
         peer: Credentials,
         target: &str,
         first: u32,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let (vm, questions) = self.asked(target)?;
         let (vcpus, more) = questions.registers(first, PAGE).map_err(refuse)?;
         if first == 0 {
@@ -49,11 +49,11 @@ impl Service {
         peer: Credentials,
         target: &str,
         held: &mut Option<VmPause>,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         if let Some(VmPause { vm, pause }) = held {
             if self.broker().find(target)?.id() != vm.id() {
                 let message = "this connection has paused another VM: resume that one first";
-                return Err(Refused::new(Refusal::Limit, message));
+                return Err(CallError::new(Refusal::Limit, message));
             }
             let checked = pause.check().map_err(refuse);
             if checked.is_err() {
@@ -77,11 +77,11 @@ impl Service {
         peer: Credentials,
         target: &str,
         held: Option<VmPause>,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
         let held = held.filter(|held| held.vm.id() == vm.id());
         let VmPause { pause, .. } = held.ok_or_else(|| {
-            Refused::new(Refusal::Unknown, "this connection has not paused that VM")
+            CallError::new(Refusal::Unknown, "this connection has not paused that VM")
         })?;
         let reason = "asked for";
         self.broker().audit().write(Event::Resumed { vm: &vm, reason, by: peer });
@@ -98,7 +98,7 @@ impl Service {
     }
 
     /// A target, and what its VMM can be asked.
-    fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), Refused> {
+    fn asked(&self, target: &str) -> Result<(Arc<Vm>, Questions), CallError> {
         let vm = self.broker().find(target)?;
         let without = || {
             let name = &vm.identity().name;
@@ -118,7 +118,7 @@ impl Service {
                 "the broker has no QMP connection to {name:?} and its VMM does not answer questions about vCPUs, which registers \
                  and pauses need; {remedy}"
             );
-            Refused::new(Refusal::Unsupported, message)
+            CallError::new(Refusal::Unsupported, message)
         };
         let by_vmm = || -> Option<Questions> {
             let peer = vm.peer();
@@ -129,7 +129,7 @@ impl Service {
     }
 }
 
-fn refuse(error: AskError) -> Refused {
+fn refuse(error: AskError) -> CallError {
     let refusal = match error {
         AskError::Busy => Refusal::Busy,
         AskError::Resumed => Refusal::Unknown,
@@ -141,5 +141,5 @@ fn refuse(error: AskError) -> Refused {
         | AskError::Qmp(_)
         | AskError::Watcher(_) => Refusal::Unsupported,
     };
-    Refused::from_error(refusal, &error)
+    CallError::from_error(refusal, &error)
 }

@@ -12,7 +12,7 @@ use kvmmem_client::vmm::{Region, Registration, VmmLink};
 
 use common::fake_qmp::{FakeQemu, Fault};
 use common::{TestBroker, caller, request, returns, wait_for};
-use kvmmem_broker::{Introspector, OpenError, Opened};
+use kvmmem_broker::{Introspector, OpenError, OpenView};
 use kvmmem_proto::guest::MappedBy;
 use rustix::fs::SealFlags;
 
@@ -34,7 +34,7 @@ struct Pair {
 }
 
 /// A view of one window.
-fn open(broker: &TestBroker, introspector: &Arc<Introspector>) -> Result<Opened, OpenError> {
+fn open(broker: &TestBroker, introspector: &Arc<Introspector>) -> Result<OpenView, OpenError> {
     let spans = Some(vec![Span { gpa: 0, len: 0x4000 }]);
     let request = GrantRequest { spans, ..request(Rights::ReadOnly) };
     introspector.open(&broker.grant(&request).token, &caller(), false, MappedBy::Module)
@@ -80,7 +80,7 @@ impl Pair {
         Self { broker, qemu, introspector, target }
     }
 
-    fn open(&self) -> Result<Opened, OpenError> {
+    fn open(&self) -> Result<OpenView, OpenError> {
         open(&self.broker, &self.introspector)
     }
 
@@ -303,7 +303,7 @@ fn a_qemu_that_floods_is_killed_where_the_operator_wants_it() {
 fn a_qemu_that_answers_slowly_is_killed_in_time() {
     let mut pair = Pair::start_with(OnSilence::Kill);
     pair.qemu.machine().is_stubborn = true;
-    let opened: Vec<Opened> = (0..8).map(|_| pair.open().unwrap()).collect();
+    let opened: Vec<OpenView> = (0..8).map(|_| pair.open().unwrap()).collect();
     // Within what a command may take, and for all of them far beyond what a revocation may.
     pair.qemu.machine().delay = Duration::from_millis(1500);
     let began = Instant::now();
@@ -316,7 +316,7 @@ fn a_qemu_that_answers_slowly_is_killed_in_time() {
 
 /// A QEMU that floods and whose guest keeps its view, and another one with its view. That one is
 /// added later, and so ended later where one is ended after the other.
-fn flooding_beside_another() -> (Pair, Opened, FakeQemu, Arc<Introspector>, Opened) {
+fn flooding_beside_another() -> (Pair, OpenView, FakeQemu, Arc<Introspector>, OpenView) {
     let pair = Pair::start();
     pair.qemu.machine().is_stubborn = true;
     let opened = pair.open().unwrap();

@@ -23,7 +23,7 @@ use kvmmem_abi::descriptor::{
     COMPLAINT_AT, COMPLAINT_NO_ADDRESS, GENERATION_AT, SEEN_ALL, SEEN_AT,
 };
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
-use kvmmem_broker::{Introspector, OpenError, Opened};
+use kvmmem_broker::{Introspector, OpenError, OpenView};
 use kvmmem_proto::guest::MappedBy;
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
@@ -65,7 +65,7 @@ impl Pair {
         Some(Self { broker, qemu, introspector, target, monitor })
     }
 
-    fn open(&self, request: &GrantRequest) -> Result<Opened, OpenError> {
+    fn open(&self, request: &GrantRequest) -> Result<OpenView, OpenError> {
         let token = self.broker.grant(request).token;
         self.introspector.open(&token, &caller(), false, MappedBy::Module)
     }
@@ -80,7 +80,7 @@ impl Pair {
     }
 
     /// As a tool without the module.
-    fn open_for_library(&self) -> Result<Opened, OpenError> {
+    fn open_for_library(&self) -> Result<OpenView, OpenError> {
         let token = self.broker.grant(&request(Rights::ReadOnly)).token;
         self.introspector.open(&token, &caller(), false, MappedBy::Library)
     }
@@ -346,7 +346,7 @@ fn many_views_are_opened_at_once() {
             opened
         };
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
-        let opened: Vec<Opened> =
+        let opened: Vec<OpenView> =
             threads.into_iter().map(|thread| thread.join().unwrap()).collect();
         assert_eq!(pair.counts(), (16, 16));
         for opened in opened {
@@ -371,7 +371,7 @@ fn revoking_a_grant_takes_the_devices_away_before_it_is_confirmed() {
     assert_eq!((revoked.views, revoked.unconfirmed), (2, 0));
     assert_eq!(pair.counts().0, 2);
     assert_eq!(pages.iter().filter(|page| state(page) == STATE_REVOKED).count(), 2);
-    assert!(opened.iter().all(Opened::ended) && !other.ended());
+    assert!(opened.iter().all(OpenView::ended) && !other.ended());
 }
 
 #[test]

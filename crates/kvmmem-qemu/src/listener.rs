@@ -49,9 +49,9 @@ pub enum VmEvent {
     Left,
 }
 
-/// What is done about an event.
+/// What a listener does after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum ListenerAction {
     /// Listen on.
     Listen,
     /// Connect anew.
@@ -61,7 +61,7 @@ pub enum Next {
 }
 
 /// Handles an event, and may ask QEMU about it; on a thread that may wait.
-type Tell = dyn FnMut(&mut Qmp, VmEvent) -> Next + Send;
+type Tell = dyn FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send;
 
 /// A target's monitor, until [`Listener::close`].
 pub struct Listener {
@@ -111,7 +111,7 @@ impl Listener {
     pub fn new(
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> Next + Send + 'static,
+        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
         silence: Duration,
         run: Arc<Run>,
         wake: impl Fn() + Send + Sync + 'static,

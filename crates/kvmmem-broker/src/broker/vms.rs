@@ -10,8 +10,8 @@ use kvmmem_proto::message::{Answer, Change, Refusal, Registration, VmIdentity};
 
 use super::Broker;
 use crate::audit::Event;
+use crate::core::call_error::CallError;
 use crate::core::layout::Layout;
-use crate::core::refused::Refused;
 use crate::core::vms::{NewVm, RegisterError};
 use crate::peer::Peer;
 use crate::ram::Ram;
@@ -89,12 +89,15 @@ impl Broker {
         vm: Option<&Vm>,
         regions: Vec<Region>,
         change: Change,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), CallError> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
-            Refused::new(Refusal::Denied, "only the VMM of an introspectable VM may change its RAM")
+            CallError::new(
+                Refusal::Denied,
+                "only the VMM of an introspectable VM may change its RAM",
+            )
         })?;
-        ram.change(regions).map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        ram.change(regions).map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
         let layout = ram.layout();
         self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
         self.audit().write(Event::RamChanged { vm, change });
@@ -107,10 +110,10 @@ impl Broker {
     /// # Errors
     /// Where the connection has registered no introspectable VM, or the generation is not an
     /// earlier one.
-    pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), Refused> {
+    pub(crate) fn ram_continued(&self, vm: Option<&Vm>, generation: u64) -> Result<(), CallError> {
         let ram = vm.and_then(|vm| Some((vm, vm.ram()?)));
         let (vm, ram) = ram.ok_or_else(|| {
-            Refused::new(
+            CallError::new(
                 Refusal::Denied,
                 "only the VMM of an introspectable VM may say its generation",
             )
@@ -120,7 +123,7 @@ impl Broker {
             let message = format!(
                 "generation {generation} is of no earlier registration: this one began with {first}"
             );
-            return Err(Refused::new(Refusal::Invalid, message));
+            return Err(CallError::new(Refusal::Invalid, message));
         }
         ram.continue_from(generation);
         let layout = ram.layout();
@@ -146,12 +149,12 @@ impl Broker {
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
-    pub(crate) fn find(&self, target: &str) -> Result<Arc<Vm>, Refused> {
+    pub(crate) fn find(&self, target: &str) -> Result<Arc<Vm>, CallError> {
         self.find_as(target, |vm| vm.introspectable)
     }
 
     /// A VM by its name or its UUID; the introspector, where a target has the same UUID.
-    pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, Refused> {
+    pub(crate) fn find_introspector(&self, name: &str) -> Result<Arc<Vm>, CallError> {
         self.find_as(name, |vm| vm.introspector)
     }
 
@@ -159,10 +162,10 @@ impl Broker {
         &self,
         name: &str,
         is_meant: impl Fn(&VmIdentity) -> bool,
-    ) -> Result<Arc<Vm>, Refused> {
+    ) -> Result<Arc<Vm>, CallError> {
         let tables = self.tables();
         let id = tables.core.vms.find(name, is_meant)?.id;
-        tables.vms.get(&id).cloned().ok_or_else(Refused::busy)
+        tables.vms.get(&id).cloned().ok_or_else(CallError::busy)
     }
 
     /// The number of a VM, by its name or its UUID.
@@ -185,7 +188,7 @@ impl Broker {
         registration: Registration,
         memory: OwnedFd,
         vmm: u32,
-    ) -> Result<u64, Refused> {
+    ) -> Result<u64, CallError> {
         let Registration { identity, regions, .. } = registration;
         let ram = Ram::of_process(memory, regions)?;
         let by = Credentials { pid: vmm, uid: rustix::process::geteuid().as_raw() };
@@ -197,7 +200,7 @@ impl Broker {
     ///
     /// # Errors
     /// Where there is no such VM, or the regions are no memory map.
-    pub fn move_ram(&self, vm: u64, regions: Vec<Region>) -> Result<(), Refused> {
+    pub fn move_ram(&self, vm: u64, regions: Vec<Region>) -> Result<(), CallError> {
         self.ram_changed(self.vm(vm).as_deref(), regions, Change::Resized)
     }
 

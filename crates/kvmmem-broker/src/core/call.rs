@@ -7,10 +7,10 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Answer, Call, GrantRequest, KvmiPolicy, Refusal};
 use uuid::Uuid;
 
+use super::call_error::CallError;
 use super::grants::Access;
 use super::introduction::NotSent;
 use super::machine::Core;
-use super::refused::Refused;
 use super::revocation::Revocation;
 use super::views::{AttachRequest, NewView};
 
@@ -73,11 +73,11 @@ impl Core {
         who: u64,
         call: Call,
         means: &Means,
-    ) -> Result<Reply, Refused> {
+    ) -> Result<Reply, CallError> {
         let peer = self
             .peers
             .get(&who)
-            .ok_or_else(|| Refused::new(Refusal::Denied, "this connection has ended"))?;
+            .ok_or_else(|| CallError::new(Refusal::Denied, "this connection has ended"))?;
         peer.role().check(&call)?;
         let by = peer.credentials;
         Ok(match call {
@@ -110,7 +110,7 @@ impl Core {
             Call::RevokedDone { grant } => Reply::Confirming { grant },
             Call::Grant(request) => {
                 let token = means.token.clone().ok_or_else(|| {
-                    Refused::new(Refusal::Limit, "the system has no random bytes for a token")
+                    CallError::new(Refusal::Limit, "the system has no random bytes for a token")
                 })?;
                 let opened = self.grant(now, by, &request, &token)?;
                 Reply::Granted { request, token, opened }

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Why a request is refused.
+//! Calls that are refused.
 
 use std::error::Error;
 
 use kvmmem_proto::message::Refusal;
 
-/// Why a request was refused.
+/// A call that was refused, with what the peer gets to know.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct Refused {
+pub struct CallError {
     /// Which kind of failure.
     pub refusal: Refusal,
     /// The failure in words.
     pub message: String,
 }
 
-impl Refused {
+impl CallError {
     /// Of an error and all that is behind it: a peer gets one text.
     pub(crate) fn from_error(refusal: Refusal, error: &dyn Error) -> Self {
         Self { refusal, message: in_words(error) }

@@ -14,7 +14,7 @@ mod upkeep;
 mod use_token;
 mod views;
 
-pub(crate) use end::Affected;
+pub(crate) use end::RevokedGrant;
 pub(crate) use error::UseError;
 pub(crate) use grant::{Access, Holder, Terms, User, View};
 pub(crate) use list::Names;

@@ -4,21 +4,21 @@
 use kvmmem_proto::map::SHARE_IT;
 use kvmmem_proto::message::{Refusal, VmIdentity};
 
+use super::call_error::CallError;
 use super::grants::Grants;
 use super::machine::Core;
 use super::peers::NotIntroduced;
-use super::refused::Refused;
 
 /// Why nothing was given out that goes with a target's files.
 #[derive(Debug)]
 pub(crate) enum NotSent {
     /// The peer has to read first what was sent to it: to be tried again.
     Unread,
-    Refused(Refused),
+    Refused(CallError),
 }
 
-impl From<Refused> for NotSent {
-    fn from(refused: Refused) -> Self {
+impl From<CallError> for NotSent {
+    fn from(refused: CallError) -> Self {
         Self::Refused(refused)
     }
 }
@@ -30,13 +30,13 @@ impl Core {
         who: u64,
         target: u64,
         may_get_files: bool,
-        give: impl FnOnce(&mut Grants) -> Result<T, Refused>,
+        give: impl FnOnce(&mut Grants) -> Result<T, CallError>,
     ) -> Result<T, NotSent> {
         let both = self.peers.get_mut(&who).zip(self.vms.get(target));
-        let (peer, vm) = both.ok_or_else(Refused::busy)?;
+        let (peer, vm) = both.ok_or_else(CallError::busy)?;
         let introduced = peer.introduce(who, vm, may_get_files).map_err(|error| match error {
             NotIntroduced::Unread => NotSent::Unread,
-            NotIntroduced::NoFiles => NotSent::Refused(Refused::busy()),
+            NotIntroduced::NoFiles => NotSent::Refused(CallError::busy()),
         })?;
         let given = give(&mut self.grants);
         if given.is_ok() {
@@ -49,9 +49,9 @@ impl Core {
 }
 
 /// A VMM cannot map a target's RAM that is private; its token keeps its uses.
-pub(super) fn private(identity: &VmIdentity) -> Refused {
+pub(super) fn private(identity: &VmIdentity) -> CallError {
     let name = &identity.name;
     let message =
         format!("the RAM of {name:?} is private to its VMM and cannot be mapped; {SHARE_IT}");
-    Refused::new(Refusal::Unsupported, message)
+    CallError::new(Refusal::Unsupported, message)
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Refusal;
 
+use super::call_error::CallError;
 use super::effect::{Effect, Push};
 use super::grants::{Grants, View};
 use super::layout::Layout;
@@ -14,7 +15,6 @@ use super::limits::Limits;
 use super::peers::{Peer, Peers};
 use super::policy::Policies;
 use super::quota::Quota;
-use super::refused::Refused;
 use super::revocation::{Revocation, Revocations};
 use super::vms::{NewVm, RegisterError, Vms};
 
@@ -115,7 +115,7 @@ impl Core {
 
     /// Revokes a grant: its token opens nothing any more, and its peers are told. Each of them
     /// confirms with [`Self::confirm`].
-    pub(crate) fn revoke(&mut self, now: Instant, grant: u64) -> Result<Revocation, Refused> {
+    pub(crate) fn revoke(&mut self, now: Instant, grant: u64) -> Result<Revocation, CallError> {
         let affected = self.grants.revoke(now, grant).ok_or_else(|| unknown_grant(grant))?;
         let revocation = self.revocations.begin(grant, affected);
         for &peer in &revocation.peers {
@@ -156,7 +156,7 @@ impl Core {
     }
 }
 
-fn unknown_grant(grant: u64) -> Refused {
+fn unknown_grant(grant: u64) -> CallError {
     let message = format!("there is no grant {grant}; it may have ended long ago");
-    Refused::new(Refusal::Unknown, message)
+    CallError::new(Refusal::Unknown, message)
 }

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::grants::Affected;
+use super::grants::RevokedGrant;
 
 /// A revocation that has begun.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +37,8 @@ struct Waiting {
 }
 
 impl Revocations {
-    pub(super) fn begin(&mut self, grant: u64, affected: Affected) -> Revocation {
-        let Affected { target, peers, views } = affected;
+    pub(super) fn begin(&mut self, grant: u64, affected: RevokedGrant) -> Revocation {
+        let RevokedGrant { target, peers, views } = affected;
         self.last += 1;
         self.waiting.insert(self.last, Waiting { grant, peers: peers.clone(), lost: 0 });
         Revocation { number: self.last, target, peers, views }

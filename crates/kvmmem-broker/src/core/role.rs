@@ -13,7 +13,7 @@ mod tests;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Call, Refusal};
 
-use super::refused::Refused;
+use super::call_error::CallError;
 
 /// What a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl Role {
     ///
     /// # Errors
     /// [`Refusal::Denied`], with what helps.
-    pub(crate) fn check(self, call: &Call) -> Result<(), Refused> {
+    pub(crate) fn check(self, call: &Call) -> Result<(), CallError> {
         let roles = roles(call);
         if roles.contains(&self) {
             return Ok(());
@@ -96,6 +96,6 @@ impl Role {
                 "only the connection that has registered a VM may do that"
             }
         };
-        Err(Refused::new(Refusal::Denied, message))
+        Err(CallError::new(Refusal::Denied, message))
     }
 }

@@ -11,12 +11,12 @@ use kvmmem_proto::message::{Answer, Cursor, GrantRequest, KvmiPolicy, Origin, Re
 use kvmmem_proto::scope::{Scope, ScopeError};
 use uuid::Uuid;
 
+use super::call_error::CallError;
 use super::effect::{Effect, Push};
 use super::grants::{Access, Grants, Holder, Names, Terms, UseError};
 use super::introduction::{NotSent, private};
 use super::limits::KVMI_LIFETIME;
 use super::machine::Core;
-use super::refused::Refused;
 use super::vms::Vm;
 
 /// What is wrong with an operator's request.
@@ -125,13 +125,13 @@ impl Core {
         by: Credentials,
         request: &GrantRequest,
         token: &Token,
-    ) -> Result<Access, Refused> {
+    ) -> Result<Access, CallError> {
         let vm = self.vms.target(&request.target)?;
         let terms = terms(vm, request, by)
-            .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+            .map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
         let (target, scope) = (vm.id, terms.scope.clone());
         let grant = self.grants.mint(now, token.clone(), terms);
-        let grant = grant.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
+        let grant = grant.map_err(|error| CallError::from_error(Refusal::Limit, &error))?;
         Ok(Access { grant, target, scope })
     }
 
@@ -166,13 +166,13 @@ impl Core {
         may_get_files: bool,
     ) -> Result<Option<Access>, NotSent> {
         let by = self.user(who)?;
-        let (target, _) = self.grants.target(now, token, by).map_err(Refused::from)?;
-        let vm = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
+        let (target, _) = self.grants.target(now, token, by).map_err(CallError::from)?;
+        let vm = self.vms.get(target).ok_or_else(|| CallError::from(UseError::Unknown))?;
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
             return Err(private(&vm.identity).into());
         }
         self.introducing(who, target, may_get_files, |grants| {
-            grants.redeem(now, token, by).map_err(Refused::from)
+            grants.redeem(now, token, by).map_err(CallError::from)
         })
     }
 
@@ -185,9 +185,9 @@ impl Core {
         now: Instant,
         who: u64,
         token: &Token,
-    ) -> Result<Access, Refused> {
+    ) -> Result<Access, CallError> {
         self.user(who)?;
-        self.grants.used(now, token, who).ok_or_else(|| Refused::from(UseError::Unknown))
+        self.grants.used(now, token, who).ok_or_else(|| CallError::from(UseError::Unknown))
     }
 
     /// What tokens allow that KVMI makes for a target; sets it first if asked to. Returns the
@@ -197,7 +197,7 @@ impl Core {
         by: Credentials,
         target: &str,
         set: Option<KvmiPolicy>,
-    ) -> Result<(Uuid, KvmiPolicy), Refused> {
+    ) -> Result<(Uuid, KvmiPolicy), CallError> {
         let uuid = match self.vms.target(target) {
             Ok(vm) => vm.identity.uuid,
             Err(refused) => {
@@ -207,13 +207,13 @@ impl Core {
                         "{}; a VM that is not registered is named by its UUID",
                         refused.message
                     );
-                    Refused::new(Refusal::Unknown, message)
+                    CallError::new(Refusal::Unknown, message)
                 })?
             }
         };
         if let Some(policy) = set {
             let done = self.policies.set(uuid, policy, by);
-            done.map_err(|error| Refused::from_error(Refusal::Limit, &error))?;
+            done.map_err(|error| CallError::from_error(Refusal::Limit, &error))?;
         }
         Ok((uuid, self.policies.of(uuid)))
     }

@@ -9,12 +9,12 @@ use kvmmem_proto::message::{Caller, Refusal, ViewCounters, VmIdentity};
 use kvmmem_proto::name::is_unprintable;
 use kvmmem_proto::scope::{Rights, Span};
 
+use super::call_error::CallError;
 use super::effect::Effect;
 use super::grants::{Access, Grants, UseError, User, View};
 use super::introduction::{NotSent, private};
 use super::layout::Layout;
 use super::machine::Core;
-use super::refused::Refused;
 
 /// The longest name of a process, characters (`TASK_COMM_LEN`).
 const MAX_COMM: usize = 16;
@@ -62,15 +62,15 @@ impl Core {
         let AttachRequest { token, caller, read_only, reaching } = request;
         let by = self.user(who)?;
         let caller = self.known_caller(caller, who);
-        let (target, scope) = self.grants.target(now, token, by).map_err(Refused::from)?;
-        let target = self.vms.get(target).ok_or_else(|| Refused::from(UseError::Unknown))?;
-        let layout = target.layout.as_ref().ok_or_else(|| Refused::from(UseError::Unknown))?;
+        let (target, scope) = self.grants.target(now, token, by).map_err(CallError::from)?;
+        let target = self.vms.get(target).ok_or_else(|| CallError::from(UseError::Unknown))?;
+        let layout = target.layout.as_ref().ok_or_else(|| CallError::from(UseError::Unknown))?;
         let (identity, layout) = (Arc::clone(&target.identity), Arc::clone(layout));
         if by.vm.is_some() && layout.is_private {
             return Err(private(&identity).into());
         }
         let reached = scope.check_reaches(reaching, &layout.map);
-        reached.map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+        reached.map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
         let target = target.id;
         let name = match by.vm.and_then(|vm| self.vms.get(vm)) {
             Some(vm) => vm.identity.name.clone(),
@@ -79,7 +79,7 @@ impl Core {
         let mut is_first = false;
         let attach = |grants: &mut Grants| {
             let of = (name.as_str(), caller.clone());
-            grants.attach(now, token, by, of, *read_only).map_err(Refused::from)
+            grants.attach(now, token, by, of, *read_only).map_err(CallError::from)
         };
         let (view, opened) = if by.vm.is_some() {
             self.introducing(who, target, may_get_files, attach)?
@@ -117,7 +117,7 @@ impl Core {
         view: u64,
         peer: u64,
         counters: ViewCounters,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), CallError> {
         self.count(view, peer, counters)?;
         self.grants.begin_close(view, peer);
         Ok(())
@@ -157,9 +157,9 @@ impl Core {
         view: u64,
         peer: u64,
         counters: ViewCounters,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), CallError> {
         let no_view =
-            || Refused::new(Refusal::Unknown, format!("this connection has no view {view}"));
+            || CallError::new(Refusal::Unknown, format!("this connection has no view {view}"));
         self.grants.count(view, peer, counters).then_some(()).ok_or_else(no_view)
     }
 
@@ -180,13 +180,13 @@ impl Core {
     ///
     /// # Errors
     /// Where the peer's VM is no introspector.
-    pub(super) fn user(&self, who: u64) -> Result<User, Refused> {
+    pub(super) fn user(&self, who: u64) -> Result<User, CallError> {
         let Some(vm) = self.peers.get(&who).and_then(|peer| peer.vm) else {
             return Ok(User { peer: who, vm: None, uuid: None });
         };
         let introspector = self.vms.get(vm).filter(|vm| vm.identity.introspector);
         let introspector = introspector.ok_or_else(|| {
-            Refused::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
+            CallError::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
         })?;
         Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.identity.uuid) })
     }

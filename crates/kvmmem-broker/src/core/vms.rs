@@ -9,9 +9,9 @@ use kvmmem_proto::message::{Refusal, VmIdentity};
 use kvmmem_proto::name::{MAX_NAME, is_name};
 use uuid::Uuid;
 
+use super::call_error::CallError;
 use super::layout::Layout;
 use super::quota::{Bound, Quota, QuotaError};
-use super::refused::Refused;
 
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 4096;
@@ -93,7 +93,7 @@ impl RegisterError {
     }
 }
 
-impl From<RegisterError> for Refused {
+impl From<RegisterError> for CallError {
     fn from(error: RegisterError) -> Self {
         Self::from_error(error.refusal(), &error)
     }
@@ -158,7 +158,7 @@ impl Vms {
         &self,
         name_or_uuid: &str,
         is_meant: impl Fn(&VmIdentity) -> bool,
-    ) -> Result<&Vm, Refused> {
+    ) -> Result<&Vm, CallError> {
         let uuid = Uuid::parse_str(name_or_uuid).ok();
         let is_it = |vm: &&Vm| match uuid {
             Some(uuid) => vm.identity.uuid == uuid,
@@ -169,7 +169,7 @@ impl Vms {
     }
 
     /// A VM by its name or its UUID; the target, where an introspector has the same UUID.
-    pub(crate) fn target(&self, name_or_uuid: &str) -> Result<&Vm, Refused> {
+    pub(crate) fn target(&self, name_or_uuid: &str) -> Result<&Vm, CallError> {
         self.find(name_or_uuid, |vm| vm.introspectable)
     }
 
@@ -189,9 +189,9 @@ impl Vms {
     }
 }
 
-fn unknown(name: &str) -> Refused {
+fn unknown(name: &str) -> CallError {
     let name = name.get(..name.floor_char_boundary(MAX_SHOWN)).unwrap_or_default();
-    Refused::new(
+    CallError::new(
         Refusal::Unknown,
         format!(
             "no VM is named {name:?}; see `kvmmem target list`, or `kvmmem host discover` for those to add"

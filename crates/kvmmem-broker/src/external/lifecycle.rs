@@ -11,7 +11,7 @@ use kvmmem_proto::message::Change;
 use kvmmem_qemu::attach::{self, AttachError, ExternalVm, Memory};
 use kvmmem_qemu::backing::{Ram, Source};
 use kvmmem_qemu::file_id::FileId;
-use kvmmem_qemu::listener::{Next, Socket, VmEvent};
+use kvmmem_qemu::listener::{ListenerAction, Socket, VmEvent};
 use kvmmem_qemu::live_update;
 use kvmmem_qemu::mapping;
 use kvmmem_qemu::process::Process;
@@ -20,7 +20,7 @@ use kvmmem_qemu::qmp::{Qmp, QmpError};
 use super::listening::Listening;
 use super::watch::WatchedVmm;
 use crate::audit::Event;
-use crate::core::refused::in_words;
+use crate::core::call_error::in_words;
 use crate::registry::Vm;
 use crate::service::Service;
 use crate::state::entry::{Entry, Role};
@@ -37,7 +37,7 @@ impl Service {
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
             let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
             let tell = move |qmp: &mut Qmp, event| {
-                teller.upgrade().map_or(Next::Stop, |it| it.hear(vm, qmp, event))
+                teller.upgrade().map_or(ListenerAction::Stop, |it| it.hear(vm, qmp, event))
             };
             let monitor = self.monitors().of(&path, qmp);
             let find = move || connect(&finder, vm, &path, listener);
@@ -91,10 +91,10 @@ impl Service {
     }
 
     /// Does what a QEMU's event demands.
-    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, event: VmEvent) -> Next {
+    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, event: VmEvent) -> ListenerAction {
         let vm = self.broker().vm(vm);
         let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
-            return Next::Stop;
+            return ListenerAction::Stop;
         };
         match event {
             VmEvent::Reset => {
@@ -102,24 +102,24 @@ impl Service {
                 if let Err(refused) = self.broker().ram_changed(Some(vm), regions, Change::Reset) {
                     tracing::warn!(vm = vm.id(), reason = refused.message, "a reset is not told");
                 }
-                Next::Listen
+                ListenerAction::Listen
             }
             VmEvent::Memory => self.look_again(vm, qmp),
             VmEvent::Left => {
                 if let Some(watched) = self.external().remove(vm.id()) {
                     self.vmms_ended(vec![watched]);
                 }
-                Next::Stop
+                ListenerAction::Stop
             }
         }
     }
 
     /// Asks a QEMU anew where its VM's RAM is.
-    fn look_again(self: &Arc<Self>, vm: &Arc<Vm>, qmp: &mut Qmp) -> Next {
+    fn look_again(self: &Arc<Self>, vm: &Arc<Vm>, qmp: &mut Qmp) -> ListenerAction {
         let opened = match open_again(vm, qmp) {
             Ok(opened) => opened,
             Err(AttachError::Qmp(error)) if !matches!(error, QmpError::Refused { .. }) => {
-                return Next::Reconnect;
+                return ListenerAction::Reconnect;
             }
             Err(error) => {
                 tracing::warn!(
@@ -131,11 +131,11 @@ impl Service {
             }
         };
         if is_unchanged(vm, &opened) {
-            return Next::Listen;
+            return ListenerAction::Listen;
         }
         if let Some(regions) = in_known_files(vm, &opened) {
             return match self.broker().ram_changed(Some(vm), regions, Change::Resized) {
-                Ok(()) => Next::Listen,
+                Ok(()) => ListenerAction::Listen,
                 Err(_) => self.give_up(vm),
             };
         }
@@ -158,15 +158,15 @@ impl Service {
                 }
             }
         }
-        Next::Stop
+        ListenerAction::Stop
     }
 
     /// Ends a target that is not to be relied on any more.
-    fn give_up(&self, vm: &Vm) -> Next {
+    fn give_up(&self, vm: &Vm) -> ListenerAction {
         if self.external().remove(vm.id()).is_some() {
             self.broker().retire(vm);
         }
-        Next::Stop
+        ListenerAction::Stop
     }
 }
 

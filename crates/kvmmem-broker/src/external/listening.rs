@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use kvmmem_qemu::listener::{Listener, Next, VmEvent};
+use kvmmem_qemu::listener::{Listener, ListenerAction, VmEvent};
 use kvmmem_qemu::monitor::Monitor;
 use kvmmem_qemu::qmp::Qmp;
 use kvmmem_qemu::questions::Questions;
@@ -44,7 +44,7 @@ impl Listening {
         target: u64,
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> Next + Send + 'static,
+        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
         silence: Duration,
     ) -> io::Result<Self> {
         workers.start()?;

@@ -11,7 +11,7 @@ use kvmmem_qemu::backing::Source;
 use kvmmem_qemu::listener::Socket;
 
 use crate::audit::Event;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
@@ -28,9 +28,9 @@ impl Service {
         peer: Credentials,
         which: &Which,
         name: Option<String>,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let mut opened = attach::open(which, name, &|path| self.monitors().connect(path))
-            .map_err(|error| Refused::from_error(Refusal::Invalid, &error))?;
+            .map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
         let (evidence, copied) = (opened.evidence, opened.copied.take());
         let vm = self.add_opened(peer, opened)?;
         let regions = vm.ram().map(|ram| ram.layout().regions()).unwrap_or_default();
@@ -45,7 +45,7 @@ impl Service {
         self: &Arc<Self>,
         peer: Credentials,
         mut opened: ExternalVm,
-    ) -> Result<Arc<Vm>, Refused> {
+    ) -> Result<Arc<Vm>, CallError> {
         let monitor = opened.qmp.take().map(Socket::from);
         let vm = self.register_external(opened, monitor)?;
         self.broker().audit().write(Event::Added { vm: &vm, by: peer });
@@ -59,10 +59,10 @@ impl Service {
         self: &Arc<Self>,
         opened: ExternalVm,
         monitor: Option<Socket>,
-    ) -> Result<Arc<Vm>, Refused> {
+    ) -> Result<Arc<Vm>, CallError> {
         let limit = |what: &'static str| {
             move |error: Box<dyn std::error::Error>| {
-                Refused::new(Refusal::Limit, format!("{what}: {error}"))
+                CallError::new(Refusal::Limit, format!("{what}: {error}"))
             }
         };
         let qmp = monitor.as_ref().map(|socket| socket.path.clone());
@@ -88,7 +88,7 @@ impl Service {
             |vm: &Vm| vm.ram().is_some() && vm.peer().credentials().pid == opened.credentials.pid;
         if let Some(vm) = vms.iter().find(|vm| has_same(vm, ram.as_ref()) || is_its(vm)) {
             let message = format!("this VM is registered already, as {:?}", vm.identity().name);
-            return Err(Refused::new(Refusal::Exists, message));
+            return Err(CallError::new(Refusal::Exists, message));
         }
         drop(vms);
         let vm = self.broker().register(opened.identity, &mut ram, Arc::new(vmm), administrator)?;
@@ -101,7 +101,7 @@ impl Service {
     }
 
     /// Takes a VM out that was attached with [`Self::add_target`]. The VM itself runs on.
-    pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, Refused> {
+    pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
         // One that is just being added is listed before its VMM is watched.
         let adding = self.adding();
@@ -109,7 +109,7 @@ impl Service {
         drop(adding);
         if watched.is_none() {
             let message = format!("{target:?} was registered by its own VMM and goes with it");
-            return Err(Refused::new(Refusal::Denied, message));
+            return Err(CallError::new(Refusal::Denied, message));
         }
         self.broker().retire(&vm);
         Ok(Answer::Done)

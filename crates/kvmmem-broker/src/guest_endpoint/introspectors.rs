@@ -9,9 +9,9 @@ use kvmmem_proto::message::{Caller, Refusal};
 
 use super::serve::Views;
 use crate::broker::Broker;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::introspector::list::Introspectors;
-use crate::introspector::{Introspector, Opened};
+use crate::introspector::{Introspector, OpenView};
 use crate::reactor::{self, Reactor};
 
 /// The broker and its introspectors, as long as they live.
@@ -22,18 +22,18 @@ pub(crate) struct IntrospectorViews {
 
 impl IntrospectorViews {
     /// The introspector with a vsock context id.
-    fn of(&self, cid: u32) -> Result<Arc<Introspector>, Refused> {
+    fn of(&self, cid: u32) -> Result<Arc<Introspector>, CallError> {
         let both = self.broker.upgrade().zip(self.introspectors.upgrade());
         let (broker, introspectors) =
-            both.ok_or_else(|| Refused::new(Refusal::Busy, "the broker ends"))?;
+            both.ok_or_else(|| CallError::new(Refusal::Busy, "the broker ends"))?;
         introspectors.by_cid(cid).ok_or_else(|| unknown_peer(&broker, cid))
     }
 }
 
 impl Views for IntrospectorViews {
-    type View = Opened;
+    type View = OpenView;
 
-    fn may_ask(&self, cid: u32) -> Result<(), Refused> {
+    fn may_ask(&self, cid: u32) -> Result<(), CallError> {
         self.of(cid).map(drop)
     }
 
@@ -44,34 +44,34 @@ impl Views for IntrospectorViews {
         caller: &Caller,
         read_only: bool,
         mapped_by: MappedBy,
-    ) -> Result<Opened, Refused> {
+    ) -> Result<OpenView, CallError> {
         // It may take seconds, and the broker need not wait for it to end.
         Ok(self.of(cid)?.open(token, caller, read_only, mapped_by)?)
     }
 
-    fn number(view: &Opened) -> u64 {
+    fn number(view: &OpenView) -> u64 {
         view.view()
     }
 
-    fn ticket(view: &Opened) -> Token {
+    fn ticket(view: &OpenView) -> Token {
         view.ticket().clone()
     }
 
-    fn tool_has_closed(view: &Opened) {
+    fn tool_has_closed(view: &OpenView) {
         view.tool_has_closed();
     }
 
-    fn has_ended(view: &Opened) -> bool {
+    fn has_ended(view: &OpenView) -> bool {
         view.ended()
     }
 
-    fn wake_at_end(view: &Opened, reactor: &Reactor, token: reactor::Token) {
+    fn wake_at_end(view: &OpenView, reactor: &Reactor, token: reactor::Token) {
         view.wake_at_end(reactor, token);
     }
 }
 
 /// Why a VM has no views here.
-fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
+fn unknown_peer(broker: &Broker, cid: u32) -> CallError {
     let introspector = broker.vm_with_cid(cid).filter(|vm| vm.identity().introspector);
     let words = match introspector {
         Some(vm) => format!(
@@ -83,7 +83,7 @@ fn unknown_peer(broker: &Broker, cid: u32) -> Refused {
             "the VM with context id {cid} is no introspector of this host; to make it one: kvmmem introspector add"
         ),
     };
-    Refused::new(Refusal::Denied, words)
+    CallError::new(Refusal::Denied, words)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use kvmmem_proto::message::Refusal;
 use vsock::VsockListener;
 
 use super::serve::{Shared, Views, refuse, serve};
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::reactor::{Handler, READABLE, Token};
 
 /// The most connections that are accepted in one turn of the reactor.
@@ -83,7 +83,7 @@ fn accept<V: Views>(acceptor: &impl Accept, shared: &Arc<Shared<V>>) -> bool {
 
 /// Serves a connection, or refuses it.
 fn admit<V: Views>(socket: &Arc<OwnedFd>, cid: u32, shared: &Arc<Shared<V>>) {
-    let limit = |error: &dyn std::error::Error| Refused::new(Refusal::Limit, error);
+    let limit = |error: &dyn std::error::Error| CallError::new(Refusal::Limit, error);
     let served = shared.views.may_ask(cid).and_then(|()| {
         let slot = shared.limit.take(cid, socket).map_err(|error| limit(&error))?;
         serve(shared, slot).map_err(|error| limit(&error))

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown, recv};
 
 use super::connections::{ConnectionLimit, Slot};
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::reactor::{self, READABLE, Reactor};
 use crate::sync::lock;
 use crate::workers::{Party, Workers};
@@ -38,7 +38,7 @@ pub(crate) trait Views: Send + Sync + 'static {
     type View: Send + 'static;
 
     /// Whether views are opened for the VM at all.
-    fn may_ask(&self, cid: u32) -> Result<(), Refused>;
+    fn may_ask(&self, cid: u32) -> Result<(), CallError>;
 
     /// Opens a view; the token is used.
     fn open(
@@ -48,7 +48,7 @@ pub(crate) trait Views: Send + Sync + 'static {
         caller: &Caller,
         read_only: bool,
         mapped_by: MappedBy,
-    ) -> Result<Self::View, Refused>;
+    ) -> Result<Self::View, CallError>;
 
     /// The broker's number for the view.
     fn number(view: &Self::View) -> u64;
@@ -141,7 +141,7 @@ impl<V: Views> Connection<V> {
             }
             Err(error) => {
                 // Without what is behind an error: that may repeat parts of the frame.
-                let refused = Refused::new(Refusal::Malformed, error);
+                let refused = CallError::new(Refusal::Malformed, error);
                 refuse(self.slot.socket(), self.slot.cid(), &refused, now);
                 self.close();
             }
@@ -237,7 +237,7 @@ fn ended<V: Views>(view: &V::View, socket: &OwnedFd) -> Option<&'static str> {
 }
 
 /// Tells a tool that it gets no view.
-pub(super) fn refuse(socket: &OwnedFd, cid: u32, refused: &Refused, deadline: Instant) {
+pub(super) fn refuse(socket: &OwnedFd, cid: u32, refused: &CallError, deadline: Instant) {
     if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
         tracing::warn!(
             cid,

@@ -8,7 +8,7 @@ use kvmmem_proto::message::{Answer, Refusal};
 use super::count::HookSlot;
 use super::{Owner, driver};
 use crate::audit::Event;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::core::vms::FIRST_CID;
 use crate::service::Service;
 
@@ -23,10 +23,13 @@ impl Service {
         peer: Credentials,
         target: &str,
         endpoint: Endpoint,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
         if vm.ram().is_none() {
-            return Err(Refused::new(Refusal::Denied, format!("{target:?} is not introspectable")));
+            return Err(CallError::new(
+                Refusal::Denied,
+                format!("{target:?} is not introspectable"),
+            ));
         }
         let owner = self.owner_of(&endpoint, peer)?;
         let counted = HookSlot::new(self.broker(), peer)?;
@@ -39,27 +42,27 @@ impl Service {
             && self.broker().vm(tool).is_none()
         {
             self.broker().end_hooks(&vm, tool);
-            return Err(Refused::new(Refusal::Unknown, "the tool's VM has just ended"));
+            return Err(CallError::new(Refusal::Unknown, "the tool's VM has just ended"));
         }
         let started =
             driver::start(self.broker(), (self.reactor(), self.sessions()), &vm, hook, counted);
         if let Err(error) = started {
             // It was there a moment ago; a racing unhook is as good.
             let _ = vm.hooks().remove(&endpoint);
-            return Err(Refused::new(Refusal::Limit, format!("cannot start the hook: {error}")));
+            return Err(CallError::new(Refusal::Limit, format!("cannot start the hook: {error}")));
         }
         Ok(Answer::Done)
     }
 
     /// Whose the tool at an endpoint is.
-    fn owner_of(&self, endpoint: &Endpoint, asker: Credentials) -> Result<Owner, Refused> {
+    fn owner_of(&self, endpoint: &Endpoint, asker: Credentials) -> Result<Owner, CallError> {
         match endpoint {
             Endpoint::Unix(_) => Ok(Owner::Host(asker)),
             Endpoint::Vsock { cid, .. } if *cid < FIRST_CID => {
                 let message = format!(
                     "vsock context id {cid} is the host's; a tool on the host listens at a unix socket, unix:PATH"
                 );
-                Err(Refused::new(Refusal::Invalid, message))
+                Err(CallError::new(Refusal::Invalid, message))
             }
             Endpoint::Vsock { cid, .. } => {
                 let vm = self.broker().vm_with_cid(*cid);
@@ -68,7 +71,7 @@ impl Service {
                         "no VM with vsock context id {cid} is registered; start it, or add it with `kvmmem \
                          introspector add`, and hook it then"
                     );
-                    Refused::new(Refusal::Unknown, message)
+                    CallError::new(Refusal::Unknown, message)
                 };
                 vm.map(|vm| Owner::Vm(vm.id())).ok_or_else(unknown)
             }
@@ -81,7 +84,7 @@ impl Service {
         peer: Credentials,
         target: &str,
         endpoint: &Endpoint,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
         vm.hooks().remove(endpoint)?;
         self.broker().audit().write(Event::Hook { vm: &vm, endpoint, on: false, by: peer });

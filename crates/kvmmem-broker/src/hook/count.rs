@@ -7,7 +7,7 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Refusal;
 
 use crate::broker::Broker;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 
 /// A hook among those that there may be, given back on drop.
 #[derive(Debug)]
@@ -17,9 +17,9 @@ pub(crate) struct HookSlot {
 }
 
 impl HookSlot {
-    pub(super) fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, Refused> {
+    pub(super) fn new(broker: &Arc<Broker>, who: Credentials) -> Result<Self, CallError> {
         let taken = broker.take_hook(who);
-        taken.map_err(|error| Refused::new(Refusal::Limit, format!("hooks: {error}")))?;
+        taken.map_err(|error| CallError::new(Refusal::Limit, format!("hooks: {error}")))?;
         Ok(Self { broker: Arc::downgrade(broker), uid: who.uid })
     }
 }

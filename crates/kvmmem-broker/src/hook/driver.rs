@@ -21,7 +21,7 @@ use super::count::HookSlot;
 use crate::audit::Event;
 use crate::broker::Broker;
 use crate::connect::{connect_to_tool, is_connected};
-use crate::core::refused::in_words;
+use crate::core::call_error::in_words;
 use crate::reactor::{READABLE, Reactor, Token, WRITABLE};
 use crate::registry::Vm;
 use crate::session::Session;
@@ -67,7 +67,7 @@ enum Stage {
 }
 
 /// What a step waits for.
-enum Next {
+enum WaitFor {
     /// Other hooks first.
     Again,
     Socket(Arc<OwnedFd>, EventFlags, Option<Instant>),
@@ -151,7 +151,7 @@ impl Driver {
         drop(state);
         let mut work = lock(&self.work);
         let next =
-            if is_stopped { Next::Pause(BACK_OFF.1) } else { self.advance(&broker, &mut work) };
+            if is_stopped { WaitFor::Pause(BACK_OFF.1) } else { self.advance(&broker, &mut work) };
         let mut state = self.hook.lock();
         state.is_busy = false;
         if state.stopped {
@@ -163,14 +163,16 @@ impl Driver {
             return self.end();
         }
         let armed = match next {
-            Next::Again => {
+            WaitFor::Again => {
                 drop(state);
                 return self.run();
             }
-            Next::Socket(fd, flags, until) => {
+            WaitFor::Socket(fd, flags, until) => {
                 self.reactor.arm(self.token, Some((&fd, flags)), until)
             }
-            Next::Pause(pause) => self.reactor.arm(self.token, None, Some(Instant::now() + pause)),
+            WaitFor::Pause(pause) => {
+                self.reactor.arm(self.token, None, Some(Instant::now() + pause))
+            }
         };
         if let Err(error) = armed {
             tracing::error!(%error, endpoint = %self.hook.endpoint, "cannot wait for a tool");
@@ -179,7 +181,7 @@ impl Driver {
     }
 
     /// Does what can be done now.
-    fn advance(&self, broker: &Broker, work: &mut Work) -> Next {
+    fn advance(&self, broker: &Broker, work: &mut Work) -> WaitFor {
         let connected = match std::mem::replace(&mut work.stage, Stage::Idle) {
             Stage::Serving(socket, connection) => {
                 return self.serve(broker, work, socket, connection);
@@ -195,7 +197,7 @@ impl Driver {
         let opened = match connected {
             Ok((socket, false)) if Instant::now() < until => {
                 work.stage = Stage::Connecting(Arc::clone(&socket));
-                return Next::Socket(socket, WRITABLE, Some(until));
+                return WaitFor::Socket(socket, WRITABLE, Some(until));
             }
             Ok((_, false)) => Err(io::ErrorKind::TimedOut.into()),
             Ok((socket, true)) => linger(&socket).map(|()| socket),
@@ -207,10 +209,10 @@ impl Driver {
                 let connection = Box::new(Connection::new(&session, Limits::default()));
                 self.serve(broker, work, socket, connection)
             }
-            Ok(_) => Next::Pause(BACK_OFF.0),
+            Ok(_) => WaitFor::Pause(BACK_OFF.0),
             Err(error) => {
                 self.report(&error);
-                Next::Pause(work.pause())
+                WaitFor::Pause(work.pause())
             }
         }
     }
@@ -231,7 +233,7 @@ impl Driver {
         work: &mut Work,
         socket: Arc<OwnedFd>,
         mut connection: Box<Connection>,
-    ) -> Next {
+    ) -> WaitFor {
         let session = Session { broker, vm: &self.vm, hook: &self.hook };
         let mut space = Workspace::default();
         let ended = loop {
@@ -246,9 +248,11 @@ impl Driver {
             }
             let next = match turn {
                 Ok(Turn::More) if waits && !self.hook.is_stopped() => continue,
-                Ok(Turn::More) => Next::Again,
-                Ok(Turn::Read(until)) => Next::Socket(Arc::clone(&socket), READABLE, until),
-                Ok(Turn::Write(until)) => Next::Socket(Arc::clone(&socket), WRITABLE, Some(until)),
+                Ok(Turn::More) => WaitFor::Again,
+                Ok(Turn::Read(until)) => WaitFor::Socket(Arc::clone(&socket), READABLE, until),
+                Ok(Turn::Write(until)) => {
+                    WaitFor::Socket(Arc::clone(&socket), WRITABLE, Some(until))
+                }
                 Ok(Turn::Closed) => break "closed".to_owned(),
                 Err(error) => break in_words(&error),
             };
@@ -256,7 +260,7 @@ impl Driver {
             return next;
         };
         self.disconnected(broker, work, &ended);
-        Next::Pause(work.pause())
+        WaitFor::Pause(work.pause())
     }
 
     fn disconnected(&self, broker: &Broker, work: &mut Work, reason: &str) {

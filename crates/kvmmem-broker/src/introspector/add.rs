@@ -21,7 +21,7 @@ use super::retired::RetiredPorts;
 use super::thread;
 use super::view::View;
 use crate::audit::Event;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::core::vms::RegisterError;
 use crate::service::Service;
 use crate::state::entry::{Entry, Role};
@@ -58,7 +58,7 @@ enum AddError {
     Register(#[from] RegisterError),
 }
 
-impl From<AddError> for Refused {
+impl From<AddError> for CallError {
     fn from(error: AddError) -> Self {
         let refusal = match &error {
             AddError::Register(error) => error.refusal(),
@@ -82,7 +82,7 @@ impl Service {
         self: &Arc<Self>,
         peer: Credentials,
         request: &IntrospectorRequest,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         self.introspect(peer, request, None)
     }
 
@@ -92,7 +92,7 @@ impl Service {
         peer: Credentials,
         request: &IntrospectorRequest,
         uuid: Option<Uuid>,
-    ) -> Result<Answer, Refused> {
+    ) -> Result<Answer, CallError> {
         let slot = self.introspectors().reserve().ok_or(AddError::Full)?;
         let found = find::find(&request.which, &|path| self.monitors().connect(path));
         let found = found.map_err(AddError::from)?;
@@ -165,11 +165,11 @@ impl Service {
     }
 
     /// Takes an introspector out that was added; its views end. The VM itself runs on.
-    pub(crate) fn remove_introspector(&self, name: &str) -> Result<Answer, Refused> {
+    pub(crate) fn remove_introspector(&self, name: &str) -> Result<Answer, CallError> {
         let vm = self.broker().find_introspector(name)?;
         let introspector = self.introspectors().get(vm.id()).ok_or_else(|| {
             let message = format!("{name:?} was not added as an introspector");
-            Refused::new(Refusal::Denied, message)
+            CallError::new(Refusal::Denied, message)
         })?;
         introspector.close();
         introspector.wait_ended(Instant::now() + CLOSE_LIMIT);

@@ -6,7 +6,7 @@ use kvmmem_qemu::windows::machine::{self, MachineError};
 
 use super::handle::Introspector;
 use super::open::OpenError;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::service::Service;
 use crate::sync::lock;
 
@@ -28,12 +28,12 @@ impl Introspector {
 
 impl Service {
     /// How many PCI slots an introspector has for views.
-    pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, Refused> {
+    pub(crate) fn free_slots(&self, name: &str) -> Result<Answer, CallError> {
         let vm = self.broker().find_introspector(name)?;
         let added = vm.identity().cid.and_then(|cid| self.introspectors().by_cid(cid));
         let introspector = added.filter(|introspector| introspector.traits.vm == vm.id());
         let introspector = introspector.ok_or_else(|| {
-            Refused::new(Refusal::Denied, format!("{name:?} was not added as an introspector"))
+            CallError::new(Refusal::Denied, format!("{name:?} was not added as an introspector"))
         })?;
         let (free, count) = introspector.free_slots()?;
         let number = |count| u32::try_from(count).unwrap_or(u32::MAX);

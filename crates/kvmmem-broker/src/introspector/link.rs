@@ -11,11 +11,11 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, Refusal, ViewCounters, VmIdentity};
 
 use super::inbox::Inbox;
-use super::view::Attached;
+use super::view::ViewGrant;
 use crate::audit::Event;
 use crate::broker::Broker;
 use crate::calls::Outcome;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::core::vms::RegisterError;
 use crate::peer::{Peer, Viewer};
 use crate::registry::Vm;
@@ -67,15 +67,15 @@ impl Link {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-    ) -> Result<Attached, Refused> {
-        let ended = || Refused::new(Refusal::Busy, "the broker ends");
+    ) -> Result<ViewGrant, CallError> {
+        let ended = || CallError::new(Refusal::Busy, "the broker ends");
         let broker = self.broker.upgrade().ok_or_else(ended)?;
         let _attaching = lock(&self.attaching);
         let (token, caller) = (token.clone(), caller.clone());
         let call = Call::Attach { token, caller, read_only, reaching: Vec::new() };
         match broker.handle(&self.peer, Some(&self.vm), call) {
             Ok(Outcome::Answer(Answer::Attached { view, grant, target, scope }, _)) => {
-                Ok(Attached { view, grant, target, scope })
+                Ok(ViewGrant { view, grant, target, scope })
             }
             // There is no other answer to a VM.
             Ok(_) => Err(ended()),

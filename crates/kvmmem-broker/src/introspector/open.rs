@@ -17,16 +17,16 @@ use kvmmem_qemu::windows::descriptor::{Complaint, Pages};
 use kvmmem_qemu::windows::layout::{self, WindowLayoutError};
 use kvmmem_qemu::windows::machine::{self, MachineError};
 use kvmmem_qemu::windows::pci_slots::{PciSlot, PciSlots};
-use kvmmem_qemu::windows::plug::{self, Shown};
+use kvmmem_qemu::windows::plug::{self, PlugRequest};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::handle::{Introspector, State};
 use super::inbox::Notice;
-use super::view::{Attached, Phase, View};
+use super::view::{Phase, View, ViewGrant};
 use crate::calls::mint::random_token;
-use crate::core::refused::Refused;
+use crate::core::call_error::CallError;
 use crate::reactor::{self, Reactor};
 use crate::sync::lock;
 
@@ -46,7 +46,7 @@ const UNPLUG_LIMIT: Duration = Duration::from_millis(1500);
 /// A view that the guest's driver shows. Dropping it closes it, which may take some seconds where
 /// the guest is slow.
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenView {
     introspector: Arc<Introspector>,
     view: Arc<View>,
     ticket: Token,
@@ -118,7 +118,7 @@ pub enum OpenError {
     Ended,
 }
 
-impl From<OpenError> for Refused {
+impl From<OpenError> for CallError {
     fn from(error: OpenError) -> Self {
         let refusal = match &error {
             OpenError::Token { refusal, .. } => *refusal,
@@ -150,7 +150,7 @@ impl Introspector {
         caller: &Caller,
         read_only: bool,
         mapped_by: MappedBy,
-    ) -> Result<Opened, OpenError> {
+    ) -> Result<OpenView, OpenError> {
         if mapped_by == MappedBy::Library && !self.traits.trust.is_trusted {
             return Err(OpenError::Untrusted);
         }
@@ -162,14 +162,14 @@ impl Introspector {
         let since = self.monitor.counts();
         let attached = self.link.attach(token, caller, read_only);
         let attached = attached
-            .map_err(|Refused { refusal, message }| OpenError::Token { refusal, message })?;
+            .map_err(|CallError { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
         let shown = self.show((&view, mapped_by), &attached, &slots, &mut qmp);
         let is_open = view.opened(shown.is_ok());
         let error = match shown {
             Ok(ticket) if is_open => {
-                return Ok(Opened { introspector: Arc::clone(self), view, ticket, mapped_by });
+                return Ok(OpenView { introspector: Arc::clone(self), view, ticket, mapped_by });
             }
             Ok(_) => OpenError::Ended,
             Err(error) => error,
@@ -183,7 +183,7 @@ impl Introspector {
     fn show(
         &self,
         (view, mapped_by): (&Arc<View>, MappedBy),
-        attached: &Attached,
+        attached: &ViewGrant,
         slots: &PciSlots,
         qmp: &mut Qmp,
     ) -> Result<Token, OpenError> {
@@ -220,7 +220,7 @@ impl Introspector {
         let page_files = pages.files().to_vec();
         *lock(&view.pages) = Some(pages);
         let used: BTreeSet<u32> = layout.windows.iter().map(|window| window.file).collect();
-        let shown = Shown {
+        let shown = PlugRequest {
             name: format!("{}-{}", self.traits.session, view.number),
             slots: &mine,
             pages: page_files.iter().map(|file| file.as_fd()).collect(),
@@ -270,7 +270,7 @@ impl Introspector {
     }
 }
 
-impl Opened {
+impl OpenView {
     /// The broker's number for the view.
     pub(crate) fn view(&self) -> u64 {
         self.view.number
@@ -302,7 +302,7 @@ impl Opened {
     }
 }
 
-impl Drop for Opened {
+impl Drop for OpenView {
     fn drop(&mut self) {
         // Else it has ended, and is being unplugged.
         if self.view.claim(STATE_GONE) {

@@ -17,9 +17,9 @@ use crate::core::layout::Layout;
 use crate::reactor::{Reactor, Token};
 use crate::sync::{lock, wait_while};
 
-/// What a token has opened.
+/// What a token allows an introspector: one view of a target.
 #[derive(Clone, Debug)]
-pub(super) struct Attached {
+pub(super) struct ViewGrant {
     /// The broker's number for the view.
     pub(super) view: u64,
     pub(super) grant: u64,
@@ -79,8 +79,8 @@ pub(super) enum Phase {
 impl View {
     /// One that was attached when `since` had happened in QEMU. What it shows is said by
     /// [`Self::show`].
-    pub(super) fn new(attached: &Attached, since: Counts) -> Self {
-        let Attached { view, grant, target, scope } = attached;
+    pub(super) fn new(attached: &ViewGrant, since: Counts) -> Self {
+        let ViewGrant { view, grant, target, scope } = attached;
         Self::with(*view, *grant, *target, scope.clone(), since)
     }
 

@@ -5,7 +5,7 @@ use kvmmem_proto::map::MapError;
 use kvmmem_proto::message::Refusal;
 use rustix::io::Errno;
 
-use crate::core::refused::{Refused, in_words};
+use crate::core::call_error::{CallError, in_words};
 
 /// Why file descriptors cannot be a VM's RAM.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +43,7 @@ pub(crate) enum AccessError {
     },
 }
 
-impl From<RamError> for Refused {
+impl From<RamError> for CallError {
     fn from(error: RamError) -> Self {
         Self::new(Refusal::Invalid, format!("RAM is not acceptable: {}", in_words(&error)))
     }

@@ -12,12 +12,12 @@ use kvmmem_qemu::process::Process;
 
 use super::State;
 use super::entry::{Entry, Role};
-use crate::core::refused::{Refused, in_words};
+use crate::core::call_error::{CallError, in_words};
 use crate::service::Service;
 
 /// Why a VM is not added again.
 #[derive(Debug, thiserror::Error)]
-enum Lost {
+enum RestoreError {
     #[error("its VMM has ended")]
     Ended,
     #[error("its RAM is in other files now")]
@@ -26,8 +26,8 @@ enum Lost {
     Refused(String),
 }
 
-impl From<Refused> for Lost {
-    fn from(refused: Refused) -> Self {
+impl From<CallError> for RestoreError {
+    fn from(refused: CallError) -> Self {
         Self::Refused(refused.message)
     }
 }
@@ -57,7 +57,7 @@ impl Service {
         let (name, pid) = (&entry.name, entry.pid);
         match self.add_again(entry) {
             Ok(()) => tracing::info!(name, pid, "added again"),
-            Err(Lost::Refused(error)) => {
+            Err(RestoreError::Refused(error)) => {
                 tracing::warn!(
                     name,
                     pid,
@@ -65,17 +65,17 @@ impl Service {
                     "cannot be added again; the next start tries once more"
                 );
             }
-            Err(error @ (Lost::Ended | Lost::OtherFiles)) => {
+            Err(error @ (RestoreError::Ended | RestoreError::OtherFiles)) => {
                 state.give_up(entry);
                 tracing::info!(name, pid, reason = in_words(&error), "not added again");
             }
         }
     }
 
-    fn add_again(self: &Arc<Self>, entry: &Entry) -> Result<(), Lost> {
-        let process = Process::open(entry.pid).map_err(|_| Lost::Ended)?;
+    fn add_again(self: &Arc<Self>, entry: &Entry) -> Result<(), RestoreError> {
+        let process = Process::open(entry.pid).map_err(|_| RestoreError::Ended)?;
         if process.started() != Some(entry.started) {
-            return Err(Lost::Ended);
+            return Err(RestoreError::Ended);
         }
         let which = match entry.qmp.clone() {
             Some(socket) => Which::Qmp { socket, pid: Some(entry.pid) },
@@ -87,20 +87,20 @@ impl Service {
         match &entry.role {
             Role::Target { files } => {
                 let opened = attach::open(&which, name, &|path| self.monitors().connect(path));
-                let mut opened = opened.map_err(|error| Lost::Refused(in_words(&error)))?;
+                let mut opened = opened.map_err(|error| RestoreError::Refused(in_words(&error)))?;
                 opened.identity.uuid = entry.uuid;
                 if opened.source.file_ids() != *files {
-                    return Err(Lost::OtherFiles);
+                    return Err(RestoreError::OtherFiles);
                 }
                 // What was asked and opened until now is that process's.
                 if !process.is_alive() {
-                    return Err(Lost::Ended);
+                    return Err(RestoreError::Ended);
                 }
                 self.add_opened(broker, opened)?;
             }
             Role::Introspector { cid, on_silence, trusted } => {
                 if !process.is_alive() {
-                    return Err(Lost::Ended);
+                    return Err(RestoreError::Ended);
                 }
                 let (cid, on_silence, trusted) = (Some(*cid), *on_silence, *trusted);
                 let request = IntrospectorRequest { which, cid, name, on_silence, trusted };
@@ -109,7 +109,7 @@ impl Service {
                 // one.
                 if !process.is_alive() {
                     self.remove_introspector(&entry.name)?;
-                    return Err(Lost::Ended);
+                    return Err(RestoreError::Ended);
                 }
             }
         }

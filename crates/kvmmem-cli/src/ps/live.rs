@@ -33,7 +33,7 @@ struct ChangeLine<'a> {
 }
 
 /// How changes are shown.
-enum Shown<'a> {
+enum Display<'a> {
     Screen(Screen),
     Lines(&'a mut Output),
 }
@@ -51,18 +51,21 @@ pub(super) fn watch(
     let mut seen = Snapshot::new(list()?.rows);
     // Keys are read from the one, and the table is shown by the other.
     let has_screen = !output.is_json() && io::stdout().is_terminal() && io::stdin().is_terminal();
-    let mut shown =
-        if has_screen { Shown::Screen(Screen::open(has_thread)?) } else { Shown::Lines(output) };
+    let mut shown = if has_screen {
+        Display::Screen(Screen::open(has_thread)?)
+    } else {
+        Display::Lines(output)
+    };
     let (mut looks, mut failures) = (1, 0);
     let mut changes = Vec::new();
     loop {
         let goes_on = match &mut shown {
-            Shown::Screen(screen) => {
+            Display::Screen(screen) => {
                 screen.add(std::mem::take(&mut changes));
                 let wants_more = count.is_none_or(|count| looks < count);
                 screen.show(seen.tasks(), wants_more.then_some(interval), &interrupt)?
             }
-            Shown::Lines(output) => {
+            Display::Lines(output) => {
                 print(std::mem::take(&mut changes), start.elapsed(), has_thread, output)?;
                 count.is_none_or(|count| looks < count) && !interrupt.wait(interval)?
             }

@@ -83,7 +83,7 @@ impl Fake {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
         let monitor = Monitor::new(self.path.clone(), None);
-        Listening::start(monitor, find, |_, _| Next::Listen, silence, run)
+        Listening::start(monitor, find, |_, _| ListenerAction::Listen, silence, run)
     }
 
     #[track_caller]
@@ -167,7 +167,7 @@ impl Listening {
     fn start(
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> Next + Send + 'static,
+        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
         silence: Duration,
         run: Arc<Run>,
     ) -> Self {
@@ -364,7 +364,9 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
     ]);
     let qmp = Qmp::connect(&path).unwrap();
     let (told, events) = mpsc::channel();
-    let tell = move |_: &mut Qmp, event| told.send(event).map_or(Next::Stop, |()| Next::Listen);
+    let tell = move |_: &mut Qmp, event| {
+        told.send(event).map_or(ListenerAction::Stop, |()| ListenerAction::Listen)
+    };
     let monitor = Monitor::new(path, Some(qmp));
     let _listening = Listening::start(monitor, || None, tell, PATIENCE, threads());
     for _ in 0..2 {

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::{GATHER, Listener, Next, VmEvent, Work, lock};
+use super::{GATHER, Listener, ListenerAction, VmEvent, Work, lock};
 use crate::qmp::QmpError;
 
 impl Listener {
@@ -30,9 +30,9 @@ impl Listener {
     fn work_once(&self) {
         let work = std::mem::take(&mut self.state().work);
         match self.carry_out(work) {
-            Ok(Next::Listen) => {}
-            Ok(Next::Stop) => return self.end(),
-            Ok(Next::Reconnect) => self.monitor.reconnect(),
+            Ok(ListenerAction::Listen) => {}
+            Ok(ListenerAction::Stop) => return self.end(),
+            Ok(ListenerAction::Reconnect) => self.monitor.reconnect(),
             Err(error) => {
                 tracing::debug!(%error, "QEMU does not answer");
                 // Where it is lost already this does nothing.
@@ -45,9 +45,9 @@ impl Listener {
         (self.wake)();
     }
 
-    fn carry_out(&self, work: Work) -> Result<Next, QmpError> {
+    fn carry_out(&self, work: Work) -> Result<ListenerAction, QmpError> {
         if work.close {
-            return Ok(Next::Stop);
+            return Ok(ListenerAction::Stop);
         }
         if work.lost {
             self.holders().lost();
@@ -58,7 +58,7 @@ impl Listener {
             work.left.then_some(VmEvent::Left),
         ];
         if events.iter().all(Option::is_none) {
-            return Ok(Next::Listen);
+            return Ok(ListenerAction::Listen);
         }
         let mut qmp = self.monitor.lend()?;
         if work.found {
@@ -70,7 +70,7 @@ impl Listener {
         let mut tell = lock(&self.tell);
         for event in events.into_iter().flatten() {
             match tell(&mut qmp, event) {
-                Next::Listen => {}
+                ListenerAction::Listen => {}
                 next => return Ok(next),
             }
         }
@@ -78,7 +78,7 @@ impl Listener {
             self.state().ask = Some(Instant::now());
             (self.wake)();
         }
-        Ok(Next::Listen)
+        Ok(ListenerAction::Listen)
     }
 
     fn end(&self) {

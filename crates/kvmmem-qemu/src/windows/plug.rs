@@ -78,8 +78,8 @@ impl Mark {
     }
 }
 
-/// What is plugged in.
-pub struct Shown<'a> {
+/// What a view is to be plugged in with.
+pub struct PlugRequest<'a> {
     /// A name that no other view has; the ids of its devices are made of it.
     pub name: String,
     /// The slots, in their order.
@@ -109,8 +109,7 @@ pub fn is_not_found(answer: &Result<Value, QmpError>) -> bool {
 }
 
 impl Plug {
-    /// What is there of views that nobody knows any more: the devices and the objects that QEMU
-    /// lists.
+    /// What an earlier broker has left of its views, by the devices and the objects that QEMU lists.
     pub(super) fn left_over(devices: &[String], objects: &[String]) -> Self {
         let mut slots: Vec<(String, Slot)> = Vec::new();
         let mut ids: Vec<&String> = devices.iter().chain(objects).collect();
@@ -133,7 +132,7 @@ impl Plug {
         Self { slots: slots.into_iter().map(|(_, slot)| slot).collect(), marks: Vec::new() }
     }
 
-    /// The devices for which the guest has to be asked: it lets go of a slot as a whole. What it
+    /// The devices for which the guest has to be asked: it releases a slot as a whole. What it
     /// has never seen has to be unplugged one by one.
     pub fn to_unplug(&self) -> Vec<String> {
         let mut ids = Vec::new();
@@ -197,7 +196,7 @@ impl Plug {
 pub fn plug_in(
     plug: &Mutex<Plug>,
     qmp: &mut Qmp,
-    shown: &Shown<'_>,
+    shown: &PlugRequest<'_>,
     goes_on: impl Fn() -> bool,
 ) -> Result<(), QmpError> {
     let mut sets = Vec::new();
@@ -213,7 +212,7 @@ pub fn plug_in(
 fn plug_from(
     plug: &Mutex<Plug>,
     qmp: &mut Qmp,
-    shown: &Shown<'_>,
+    shown: &PlugRequest<'_>,
     goes_on: &impl Fn() -> bool,
     sets: &mut Vec<u64>,
 ) -> Result<(), QmpError> {
@@ -306,7 +305,7 @@ fn backend(path: &str, size: u64, is_read_only: bool) -> Value {
     json!({
         "qom-type": "memory-backend-file", "mem-path": path, "size": size,
         "share": true, "readonly": is_read_only,
-        // Whatever QEMU's own RAM has: none of the target's memory is touched, and none is in a dump of the introspector.
+        // Unlike the defaults of QEMU's own RAM: none of the target's memory is touched, and none is in a dump of the introspector.
         "prealloc": false, "dump": false,
     })
 }

@@ -16,7 +16,7 @@ use kvmmem_proto::map::MemoryMap;
 use kvmmem_sys::ram::GuestRam;
 use uuid::Uuid;
 
-use super::source::{Attached, Redeemed, TargetEvents, TargetMemory, TokenSource};
+use super::source::{PageGrant, TargetEvents, TargetMemory, TokenSource, ViewGrant};
 use crate::config::VmConfig;
 
 /// Registers the machine with the broker at `socket`; it stays registered until the link is
@@ -53,14 +53,14 @@ pub(crate) fn regions(ram: &GuestRam) -> Vec<Region> {
 }
 
 impl TokenSource for VmmLink {
-    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError> {
+    fn redeem(&self, token: &Token) -> Result<PageGrant, KvmError> {
         let redeemed = VmmLink::redeem(self, token).map_err(number)?;
-        Ok(Redeemed { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
+        Ok(PageGrant { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
     }
 
-    fn claim(&self, token: &Token) -> Option<Redeemed> {
+    fn claim(&self, token: &Token) -> Option<PageGrant> {
         let redeemed = VmmLink::claim(self, token)?;
-        Some(Redeemed { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
+        Some(PageGrant { grant: redeemed.grant, target: redeemed.target, scope: redeemed.scope })
     }
 
     fn connection(&self) -> u64 {
@@ -76,10 +76,10 @@ impl TokenSource for VmmLink {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-    ) -> Result<Attached, KvmError> {
+    ) -> Result<ViewGrant, KvmError> {
         let vmm::ViewGrant { view, grant, target, scope } =
             VmmLink::attach(self, token, caller, read_only).map_err(number)?;
-        Ok(Attached { view, grant, target, scope })
+        Ok(ViewGrant { view, grant, target, scope })
     }
 
     fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>> {

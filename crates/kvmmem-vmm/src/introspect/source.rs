@@ -36,7 +36,7 @@ pub trait TargetMemory: Send + Sync {
 
 /// Result of redeeming a token for one page.
 #[derive(Clone)]
-pub struct Redeemed {
+pub struct PageGrant {
     /// Number of the grant.
     pub grant: u64,
     /// The target.
@@ -47,7 +47,7 @@ pub struct Redeemed {
 
 /// Result of attaching a view; valid until the grant is revoked.
 #[derive(Clone)]
-pub struct Attached {
+pub struct ViewGrant {
     /// Number of the view.
     pub view: u64,
     /// Number of the grant.
@@ -78,11 +78,11 @@ pub trait TokenSource: Send + Sync {
     /// [`KvmError::NoEnt`] for a token that is unknown, used or expired, [`KvmError::Again`] if
     /// the broker cannot be asked now, [`KvmError::Perm`] if this machine may not use it,
     /// [`KvmError::OpNotSupp`] if the target's RAM cannot be mapped.
-    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError>;
+    fn redeem(&self, token: &Token) -> Result<PageGrant, KvmError>;
 
     /// As [`TokenSource::redeem`] for a token that can be redeemed without waiting; `None` for
     /// others.
-    fn claim(&self, _token: &Token) -> Option<Redeemed> {
+    fn claim(&self, _token: &Token) -> Option<PageGrant> {
         None
     }
 
@@ -99,8 +99,12 @@ pub trait TokenSource: Send + Sync {
     ///
     /// # Errors
     /// As [`TokenSource::redeem`].
-    fn attach(&self, token: &Token, caller: &Caller, read_only: bool)
-    -> Result<Attached, KvmError>;
+    fn attach(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+    ) -> Result<ViewGrant, KvmError>;
 
     /// The target of a view as it is now; `None` once the view has ended.
     fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>>;

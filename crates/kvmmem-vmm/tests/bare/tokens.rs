@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_client::vmm::{Caller, Rights, Scope, ViewCounters};
 use kvmmem_vmm::introspect::source::{
-    Attached, Redeemed, TargetEvents, TargetMemory, Token, TokenSource,
+    PageGrant, TargetEvents, TargetMemory, Token, TokenSource, ViewGrant,
 };
 
 use crate::fixture::{TOKEN, Target};
@@ -79,9 +79,9 @@ impl OneToken {
 }
 
 impl TokenSource for OneToken {
-    fn redeem(&self, token: &Token) -> Result<Redeemed, KvmError> {
+    fn redeem(&self, token: &Token) -> Result<PageGrant, KvmError> {
         let (grant, target) = self.use_token(token)?;
-        Ok(Redeemed { grant, target, scope: self.scope.clone() })
+        Ok(PageGrant { grant, target, scope: self.scope.clone() })
     }
 
     fn is_revoked(&self, _grant: u64) -> bool {
@@ -93,11 +93,11 @@ impl TokenSource for OneToken {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-    ) -> Result<Attached, KvmError> {
+    ) -> Result<ViewGrant, KvmError> {
         let (number, target) = self.use_token(token)?;
         self.state().open.insert(number, caller.clone());
         let rights = if read_only { Rights::ReadOnly } else { self.scope.rights };
-        Ok(Attached { view: number, grant: number, target, scope: self.scope.at_most(rights) })
+        Ok(ViewGrant { view: number, grant: number, target, scope: self.scope.at_most(rights) })
     }
 
     fn current(&self, view: u64) -> Option<Arc<dyn TargetMemory>> {

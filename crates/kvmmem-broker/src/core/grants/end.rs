@@ -9,7 +9,7 @@ use super::table::Grants;
 
 /// What a revocation affects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Affected {
+pub(crate) struct RevokedGrant {
     /// Number of the target.
     pub target: u64,
     /// Connections that have a view by it, have mapped a page by it, or hold its token.
@@ -21,14 +21,14 @@ pub(crate) struct Affected {
 impl Grants {
     /// Revokes a grant: its token opens nothing from now on. What it has opened is listed until its
     /// peers confirm that they have released it.
-    pub(crate) fn revoke(&mut self, now: Instant, id: u64) -> Option<Affected> {
+    pub(crate) fn revoke(&mut self, now: Instant, id: u64) -> Option<RevokedGrant> {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;
         grant.revoked = true;
         let (target, views) = (grant.terms.target, grant.views.len());
         let peers = self.peers_of(id);
         self.settle(now, id);
-        Some(Affected { target, peers, views })
+        Some(RevokedGrant { target, peers, views })
     }
 
     /// The connections that have a view by a grant, have mapped a page by it, or hold its token.

@@ -3,9 +3,9 @@
 
 use kvmmem_proto::message::Refusal;
 
+use crate::core::call_error::CallError;
 use crate::core::limits::{MAX_KVMI_PER_TARGET, MAX_VIEWS_PER_PEER};
 use crate::core::quota::QuotaError;
-use crate::core::refused::Refused;
 
 /// Why no grant was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,7 +27,7 @@ pub(crate) enum UseError {
     TooManyViews,
 }
 
-impl From<UseError> for Refused {
+impl From<UseError> for CallError {
     fn from(error: UseError) -> Self {
         let refusal = match error {
             UseError::Unknown => Refusal::Unknown,

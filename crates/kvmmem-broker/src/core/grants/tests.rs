@@ -263,7 +263,7 @@ proptest! {
                             peers.insert(peer);
                         }
                         grant.revoked = true;
-                        let expected = Affected { target: grant.target, peers, views: grant.views.len() };
+                        let expected = RevokedGrant { target: grant.target, peers, views: grant.views.len() };
                         prop_assert_eq!(affected, Some(expected));
                     } else {
                         prop_assert_eq!(affected, None);

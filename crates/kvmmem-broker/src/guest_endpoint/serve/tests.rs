@@ -54,10 +54,10 @@ fn good_token() -> Token {
 impl Views for Fake {
     type View = FakeView;
 
-    fn may_ask(&self, cid: u32) -> Result<(), Refused> {
+    fn may_ask(&self, cid: u32) -> Result<(), CallError> {
         match cid {
             CID => Ok(()),
-            cid => Err(Refused::new(Refusal::Denied, format!("VM {cid} is no introspector"))),
+            cid => Err(CallError::new(Refusal::Denied, format!("VM {cid} is no introspector"))),
         }
     }
 
@@ -68,11 +68,11 @@ impl Views for Fake {
         caller: &Caller,
         read_only: bool,
         mapped_by: MappedBy,
-    ) -> Result<FakeView, Refused> {
+    ) -> Result<FakeView, CallError> {
         assert_eq!(mapped_by, MappedBy::Module);
         self.0.asked.lock().unwrap().push((cid, token.clone(), caller.clone(), read_only));
         if *token != good_token() {
-            return Err(Refused::new(Refusal::Unknown, "token is unknown"));
+            return Err(CallError::new(Refusal::Unknown, "token is unknown"));
         }
         self.0.open.fetch_add(1, Ordering::SeqCst);
         Ok(FakeView(Arc::clone(&self.0)))

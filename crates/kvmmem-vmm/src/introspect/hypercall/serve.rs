@@ -13,7 +13,7 @@ use super::codec::Hypercall;
 use super::deferred::DeferredRequests;
 use super::memory::VirtualMemory;
 use super::view::{self, AttachKey};
-use crate::introspect::source::{Attached, Redeemed, Token, TokenSource};
+use crate::introspect::source::{PageGrant, Token, TokenSource, ViewGrant};
 use crate::introspect::v1::{MapError, MappingEngine};
 use crate::introspect::window::Windows;
 use crate::limit::warn_limited;
@@ -28,8 +28,8 @@ pub(crate) struct Hypercalls {
     windows: Option<Arc<Windows>>,
     memory: GuestMemoryMmap,
     rendezvous: Arc<Rendezvous>,
-    redeemed: DeferredRequests<RedeemKey, Redeemed>,
-    attached: DeferredRequests<AttachKey, Attached>,
+    redeemed: DeferredRequests<RedeemKey, PageGrant>,
+    attached: DeferredRequests<AttachKey, ViewGrant>,
 }
 
 /// Key of a MAP that waits for the broker.
@@ -137,7 +137,7 @@ impl Hypercalls {
         tokens: &Arc<dyn TokenSource>,
         call: Hypercall,
         token: Token,
-    ) -> Result<Redeemed, MapError> {
+    ) -> Result<PageGrant, MapError> {
         if let Some(redeemed) = tokens.claim(&token) {
             return Ok(redeemed);
         }

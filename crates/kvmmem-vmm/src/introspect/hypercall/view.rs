@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::deferred::DeferredRequests;
 use super::memory::VirtualMemory;
-use crate::introspect::source::{Attached, TokenSource};
+use crate::introspect::source::{TokenSource, ViewGrant};
 use crate::introspect::window::{Progress, Seek, WindowError, Windows};
 use crate::limit::warn_limited;
 
@@ -32,15 +32,15 @@ pub(super) struct AttachKey {
 
 /// Has the broker open a view; [`WindowError::Pending`] until it has answered.
 pub(super) fn open(
-    attached: &DeferredRequests<AttachKey, Attached>,
+    attached: &DeferredRequests<AttachKey, ViewGrant>,
     tokens: &Arc<dyn TokenSource>,
     mut opening: AttachKey,
-) -> Result<Attached, WindowError> {
+) -> Result<ViewGrant, WindowError> {
     opening.connection = tokens.connection();
     let (key, connection) = (opening.clone(), opening.connection);
     let (source, releasing) = (tokens.clone(), tokens.clone());
     let work = move || source.attach(&opening.token, &opening.caller, opening.read_only);
-    let release = move |attached: Attached| {
+    let release = move |attached: ViewGrant| {
         // Another connection has other views by the same numbers, and has ended this one.
         if releasing.connection() == connection {
             releasing.detached(attached.view, ViewCounters::default());
@@ -57,7 +57,7 @@ pub(super) fn attach<T: Fn(u64) -> Option<u64>>(
     windows: &Windows,
     memory: &VirtualMemory<'_, T>,
     places: (u64, u64),
-    open: impl FnOnce(AttachKey) -> Result<Attached, WindowError>,
+    open: impl FnOnce(AttachKey) -> Result<ViewGrant, WindowError>,
 ) -> Poll<Result<(), KvmError>> {
     let (request_gva, result_gva) = places;
     let mut bytes = Zeroizing::new([0; AttachRequest::SIZE]);

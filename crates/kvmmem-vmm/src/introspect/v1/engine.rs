@@ -15,7 +15,7 @@ use kvmmem_client::vmm::Rights;
 use kvmmem_sys::ram::{GuestRam, RamError};
 
 use super::error::MapError;
-use crate::introspect::source::{Redeemed, TargetMemory, identity, is_own};
+use crate::introspect::source::{PageGrant, TargetMemory, identity, is_own};
 use crate::introspect::window::{MAX_SLOTS_PER_VIEW, MAX_VIEWS};
 use crate::limit::warn_limited;
 
@@ -76,7 +76,7 @@ impl MappingEngine {
         &self,
         own_gpa: u64,
         target_gpa: u64,
-        redeem: impl FnOnce() -> Result<Redeemed, MapError>,
+        redeem: impl FnOnce() -> Result<PageGrant, MapError>,
         is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
         if !self.ram.is_page(own_gpa) {
@@ -203,10 +203,10 @@ impl MappingEngine {
         own_gpa: u64,
         target_gpa: u64,
         ends: u64,
-        redeem: impl FnOnce() -> Result<Redeemed, MapError>,
+        redeem: impl FnOnce() -> Result<PageGrant, MapError>,
         is_revoked: impl FnOnce(u64) -> bool,
     ) -> Result<(), MapError> {
-        let Redeemed { grant, target, scope } = redeem()?;
+        let PageGrant { grant, target, scope } = redeem()?;
         if scope.rights != Rights::ReadWrite {
             return Err(MapError::ReadOnly { grant });
         }

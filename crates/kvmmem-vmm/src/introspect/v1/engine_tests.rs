@@ -38,8 +38,8 @@ fn map() -> MemoryMap {
     MemoryMap::new(vec![region(0, HOLE), region(HOLE + 4096, RAM_BYTES)]).unwrap()
 }
 
-fn redeemed(target: Arc<FakeTarget>) -> Redeemed {
-    Redeemed { grant: GRANT, target, scope: Scope::whole(Rights::ReadWrite) }
+fn redeemed(target: Arc<FakeTarget>) -> PageGrant {
+    PageGrant { grant: GRANT, target, scope: Scope::whole(Rights::ReadWrite) }
 }
 
 impl TargetMemory for FakeTarget {
@@ -82,7 +82,7 @@ fn a_mapping_costs_no_memory_and_leaves_a_zero_page() {
     engine.map(0x3000, 0x5000, || Ok(redeemed(target.clone())), |_| false).unwrap();
     assert_eq!(allocated(&engine), before - 4096);
     assert_eq!(read(&engine, 0x3000), 0x5001);
-    // Somebody who looks at this machine writes into the hole meanwhile.
+    // An introspector of this machine writes into the hole meanwhile.
     let file = std::fs::File::from(engine.ram.fd().try_clone_to_owned().unwrap());
     std::os::unix::fs::FileExt::write_all_at(&file, &[9], 0x3000).unwrap();
     engine.unmap(0x3000).unwrap();
@@ -157,7 +157,7 @@ fn a_grant_reaches_as_far_as_it_says() {
     let (engine, target) = (engine(1), FakeTarget::new());
     let within = |rights, gpa| {
         let scope = Scope { rights, spans: Some(vec![Span { gpa: 0x5000, len: 0x1000 }]) };
-        let redeemed = Redeemed { grant: GRANT, target: target.clone(), scope };
+        let redeemed = PageGrant { grant: GRANT, target: target.clone(), scope };
         engine.map(0x3000, gpa, || Ok(redeemed), |_| false)
     };
     let read_only = within(Rights::ReadOnly, 0x5000).unwrap_err();
@@ -171,7 +171,7 @@ fn a_grant_reaches_as_far_as_it_says() {
 fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
     let (engine, target) = (engine(10), FakeTarget::new());
     let map = |own, grant, is_revoked| {
-        let redeemed = Redeemed { grant, ..redeemed(target.clone()) };
+        let redeemed = PageGrant { grant, ..redeemed(target.clone()) };
         engine.map(own, 0x5000, || Ok(redeemed), |_| is_revoked)
     };
     map(0x1000, 1, false).unwrap();
@@ -196,7 +196,7 @@ fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
 fn all_grants_end_at_once_and_with_them_what_was_redeemed() {
     let (engine, target) = (engine(10), FakeTarget::new());
     for (own, grant) in [(0x1000, 1), (0x2000, 2)] {
-        let redeemed = Redeemed { grant, ..redeemed(target.clone()) };
+        let redeemed = PageGrant { grant, ..redeemed(target.clone()) };
         engine.map(own, 0x5000, || Ok(redeemed), |_| false).unwrap();
     }
     engine.revoke_all().unwrap();

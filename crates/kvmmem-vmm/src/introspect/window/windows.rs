@@ -21,7 +21,7 @@ use super::error::{SetUpError, WindowError};
 use super::table::Table;
 use super::view::{MappedRange, State, TakeError, View, show};
 use super::worker::Worker;
-use crate::introspect::source::{Attached, TargetMemory, TokenSource, is_own};
+use crate::introspect::source::{TargetMemory, TokenSource, ViewGrant, is_own};
 use crate::machine::introspector::Hardware;
 use crate::machine::stop::GenerationEnd;
 
@@ -89,7 +89,7 @@ impl Windows {
         &self,
         token: &Token,
         read_only: bool,
-        trade: impl FnOnce() -> Result<Attached, WindowError>,
+        trade: impl FnOnce() -> Result<ViewGrant, WindowError>,
     ) -> Result<AttachResult, WindowError> {
         let index = self.lock().reserve_index().ok_or(WindowError::NoDescriptor)?;
         let opened = trade().and_then(|mut attached| {
@@ -114,7 +114,7 @@ impl Windows {
         &self,
         table: &mut Table,
         index: usize,
-        attached: Attached,
+        attached: ViewGrant,
         token_digest: [u8; 32],
     ) -> Result<AttachResult, WindowError> {
         let view = attached.view;
