@@ -4,20 +4,14 @@
 //! Part of suite `style`. It knows a few words that always hide the party or the field's term, and
 //! looks for them in the comments of [`FOLDERS`].
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
+
+use crate::rust_files;
 
 /// Where comments are checked.
-const FOLDERS: [&str; 6] = [
-    "crates/kvmmem-broker",
-    "crates/kvmmem-cli",
-    "crates/kvmmem-kvmi",
-    "crates/kvmmem-linux",
-    "tests",
-    "xtask",
-];
+const FOLDERS: [&str; 3] = ["crates", "tests", "xtask"];
 
 /// A word to avoid, and what to write.
 const AVOID: [(&str, &str); 8] = [
@@ -35,29 +29,13 @@ const AVOID: [(&str, &str); 8] = [
 pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for folder in FOLDERS {
-        walk(root, Path::new(folder), &mut found)?;
+        rust_files::visit(root, folder.as_ref(), &mut |path, text| {
+            found.extend(words(text).map(|(line, word, remedy)| {
+                format!("{}:{line}: {word:?}: {remedy}", path.display())
+            }));
+        })?;
     }
     Ok(found)
-}
-
-fn walk(root: &Path, folder: &Path, found: &mut Vec<String>) -> Result<()> {
-    let entries = fs::read_dir(root.join(folder)).with_context(|| folder.display().to_string())?;
-    let mut paths = entries
-        .map(|entry| Ok(folder.join(entry?.file_name())))
-        .collect::<std::io::Result<Vec<PathBuf>>>()?;
-    paths.sort();
-    for path in paths {
-        if root.join(&path).is_dir() {
-            walk(root, &path, found)?;
-        } else if path.extension().is_some_and(|end| end == "rs") {
-            let text =
-                fs::read_to_string(root.join(&path)).with_context(|| path.display().to_string())?;
-            for (line, word, remedy) in words(&text) {
-                found.push(format!("{}:{line}: {word:?}: {remedy}", path.display()));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The lines of comments with a word to avoid, and what to write.

@@ -50,7 +50,7 @@ pub const FEATURE_REGIONS: u32 = 1 << 4;
 /// first. The endpoint's answer has the token that ATTACH then needs.
 pub const FEATURE_DEVICES: u32 = 1 << 6;
 
-/// [`Attach::flags`]: read-only, whatever the grant allows.
+/// [`Attach::flags`]: read-only, even if the grant allows writes.
 pub const ATTACH_READ_ONLY: u32 = 1 << 0;
 
 /// [`Ranges::state`]: in use.

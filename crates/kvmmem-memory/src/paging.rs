@@ -3,7 +3,7 @@
 //! (GPA).
 //!
 //! The tables are the target's and may say anything: a walk reads one entry for each level, at most
-//! five in all, whatever they hold, so that tables that point at each other do no harm. While a
+//! five in all, so that tables that point at each other do no harm. While a
 //! target runs, they may also change between two reads.
 //!
 //! ```

@@ -325,7 +325,7 @@ fn other_formats_are_named() {
 fn what_has_no_offsets_is_refused_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let (fifo, socket) = (directory.path().join("fifo"), directory.path().join("socket"));
-    // Nobody writes to it: opening it for reading would wait.
+    // It has no writer: opening it for reading would wait.
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
         .unwrap();
     let _listener = UnixListener::bind(&socket).unwrap();

@@ -38,7 +38,7 @@ pub enum FromTool {
         /// The token.
         #[serde(with = "token_text")]
         token: Token,
-        /// Whether to open the view read-only, whatever the grant allows.
+        /// Whether to open the view read-only, even if the grant allows writes.
         read_only: bool,
         /// The process that asks, as it says itself.
         caller: Caller,

@@ -75,7 +75,7 @@ pub enum Call {
         token: Token,
         /// The process that asked.
         caller: Caller,
-        /// Whether to open the view read-only, whatever the grant allows.
+        /// Whether to open the view read-only, even if the grant allows writes.
         read_only: bool,
         /// Addresses that the process wants to reach, at most
         /// [`MAX_SPANS`](crate::scope::MAX_SPANS), in any order. Where the view would have

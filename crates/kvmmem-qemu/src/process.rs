@@ -151,8 +151,8 @@ impl Process {
         Ok(mapping::parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// A path of a file that is absolute for it, whatever its root directory. As long as this
-    /// lasts.
+    /// The file that the process has at an absolute path, in its own root directory. Valid as long
+    /// as this lives.
     pub fn path_of(&self, path: &Path) -> PathBuf {
         let root = format!("/proc/self/fd/{}/root", self.directory.as_raw_fd());
         Path::new(&root).join(path.strip_prefix("/").unwrap_or(path))

@@ -202,7 +202,7 @@ impl Qmp {
         let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.own(|lines, _| lines.send(text.as_bytes(), fd, deadline))?;
         // What comes before the answer does not put the deadline off, and what has come by then is
-        // not late: so it is counted, whatever it is.
+        // not late: so each message is counted.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
             if message.is_answer() {

@@ -61,12 +61,12 @@ fn take(number: RawFd, count: RawFd) -> Result<OwnedFd, ActivationError> {
     // SAFETY:
     // 1. `number` is from 3 to 18, so not -1, which a borrowed descriptor must not be.
     // 2. It has to stay open as long as it is borrowed, which ends with this function. By the
-    //    protocol it was open when the process began and belongs to whoever asks for it here;
-    //    nobody else in the process knows of it, so nobody closes it. It is never closed here
-    //    either: what the caller owns is a duplicate.
+    //    protocol it was open when the process began and belongs to the caller; no other code in
+    //    the process knows of it and could close it. It is never closed here either: what the
+    //    caller owns is a duplicate.
     // 3. Should the environment lie, nothing that others own is closed or read: a number that is
-    //    not open makes both calls below fail with EBADF, and whatever is not a listening socket is
-    //    refused.
+    //    not open makes both calls below fail with EBADF, and a file that is not a listening
+    //    socket is refused.
     let passed = unsafe { BorrowedFd::borrow_raw(number) };
     let is_listening = rustix::net::sockopt::socket_acceptconn(passed);
     if !is_listening.map_err(|error| fail(error.into()))? {

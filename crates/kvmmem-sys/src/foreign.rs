@@ -137,7 +137,7 @@ impl Foreign {
         let tail = start.wrapping_add(head + whole);
         for (part, bytes) in [(start, head), (tail, room - head - whole)] {
             if bytes > 0 {
-                // SAFETY: a part of what was just mapped, whose address nobody else knows; the rest
+                // SAFETY: a part of what was just mapped, whose address no other code knows; the rest
                 // is kept. Should it fail, addresses are wasted, nothing else.
                 let _ = unsafe { rustix::mm::munmap(part.cast(), bytes) };
             }

@@ -88,7 +88,7 @@ impl Page {
         }
         .map_err(PageError::Map)?;
         let base = NonNull::new(address.cast::<u8>()).ok_or(PageError::Map(Errno::NOMEM))?;
-        // INVARIANT: the page was mapped just now, and nobody else knows its address.
+        // INVARIANT: the page was mapped just now, and no other code knows its address.
         let page = Self { base };
         page.advise(Advice::LinuxWipeOnFork, "MADV_WIPEONFORK")?;
         page.advise(Advice::LinuxDontDump, "MADV_DONTDUMP")?;

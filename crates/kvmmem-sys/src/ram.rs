@@ -366,8 +366,8 @@ impl GuestRam {
 /// `start` and `len` are of a mapping of guest RAM: a whole region, or one page of it.
 fn advise(start: *mut u8, len: usize) {
     for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
-        // SAFETY: neither advice changes what memory holds or which addresses are mapped, whatever
-        // the range is, so nothing that relies on either is affected.
+        // SAFETY: neither advice changes what memory holds or which addresses are mapped, for
+        // any range, so nothing that relies on either is affected.
         let _ = unsafe { madvise(start.cast(), len, advice) };
     }
 }

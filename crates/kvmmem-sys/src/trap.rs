@@ -34,7 +34,7 @@ pub fn report_trapped_calls() -> io::Result<()> {
 /// Makes system calls and works on its own stack alone: no lock, no allocation.
 extern "C" fn report(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     // SAFETY: the kernel passes a whole siginfo_t, within which these 4 bytes lie (see
-    // SYSCALL_OFFSET), aligned to 4; they are plain bytes whatever the signal.
+    // SYSCALL_OFFSET), aligned to 4; they are plain bytes for each signal.
     let number = unsafe { info.byte_add(SYSCALL_OFFSET).cast::<c_int>().read() };
     let mut digits = [0; 10];
     let mut rest = number.unsigned_abs();

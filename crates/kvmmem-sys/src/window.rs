@@ -143,7 +143,7 @@ impl GuestMapping {
         let page =
             page_size(fd).map_err(|source| MappingError::Examine { source: source.into() })?;
         let mapping = Self::reserve(len, offset, access, page)?;
-        // SAFETY: `mapping` owns these `mapped` bytes and nobody was told of them: MAP_FIXED
+        // SAFETY: `mapping` owns these `mapped` bytes and no other code knows them: MAP_FIXED
         // replaces its reservation alone, whose length is a multiple of the file's page
         // size, so that the kernel does not round it up.
         unsafe {

@@ -69,7 +69,7 @@ pub struct Undo<P> {
 /// Why a GVA cannot be reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReserveError {
-    /// The GVA has a record, in whatever state and of whichever file of the process (EALREADY).
+    /// The GVA has a record, in any state and of any file of the process (EALREADY).
     InUse,
     /// The file has as many records as it may have (ENOMEM).
     OverLimit,

@@ -171,7 +171,7 @@ fn a_grant_that_is_taken_back_ends_the_view_whatever_the_tool_does() {
     let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();
     assert_eq!(mapping.read_u64(8).unwrap(), 8);
 
-    // Nobody waits for events: the view ends all the same, and the broker has the confirmation.
+    // No thread waits for events: the view ends all the same, and the broker has the confirmation.
     let revoked = host.admin().revoke(grant).unwrap();
     assert_eq!((revoked.views, revoked.unconfirmed), (1, 0));
     assert_lost(&mapping);

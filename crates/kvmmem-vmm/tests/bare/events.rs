@@ -102,7 +102,7 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
             .write_token(OTHER_REQUEST, TOKEN)
             .attach()
             .second_cpu(|other| {
-                // The first view is this CPU's: it reads until that is taken back, and opens and
+                // The first view is this CPU's: it reads until that is revoked, and opens and
                 // closes others then.
                 other
                     .write(STARTED, 1)
@@ -253,7 +253,7 @@ fn what_the_broker_takes_back_ends_at_once_pages_included() {
                 .touch_while(DESCRIPTOR + 24, open, FIRST + THERE, true)
                 .report_memory(DESCRIPTOR + 24)
                 .report_memory(FIRST + THERE)
-                // The page is taken back just behind the views.
+                // The page is revoked just after the views.
                 .touch_while(OWN, 0x5ec2e7, FIRST + THERE, false)
                 .report_memory(OWN)
                 .call(MEM_UNMAP, [OWN, 0, 0])

@@ -189,7 +189,7 @@ fn data_and_holes_are_found_without_touching_either() {
         ];
         assert_eq!(outcome.values[1..], [expected.as_flattened(), &[fault]].concat());
         assert_eq!(target.allocated(), before);
-        // Nobody has detached: the machine's end did.
+        // The guest has not detached: the machine's end did.
         let (_, counters, is_end) = *tokens.state().told.last().unwrap();
         assert_eq!((counters.seeks, is_end), (8, true));
     }

@@ -121,7 +121,7 @@ fn attach(socket: &Path, target: &str) -> Result<View> {
     Ok(View::attach_host(socket, &granted.token, Access::ReadOnly)?)
 }
 
-/// Registers the same RAM as one that nobody can map.
+/// Registers the same RAM as one that cannot be mapped.
 fn register_private(broker: &Broker, vmm: u32, address: usize) -> Result<()> {
     let memory =
         std::fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{vmm}/mem"))?;

@@ -164,7 +164,7 @@ impl Backend for DeviceView {
         let state = match status.state {
             STATE_OPEN => State::Open,
             STATE_GONE => State::Gone,
-            // Also what a later driver may add: whatever it is, the view is not open.
+            // Also a state that a later driver may add: in none of them is the view open.
             _ => State::Revoked,
         };
         let status = Status {

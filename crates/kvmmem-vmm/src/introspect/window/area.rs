@@ -218,7 +218,7 @@ mod tests {
             prop_assert_eq!(area.take(12 * GIB, GIB), Some(4 * GIB));
         }
 
-        /// Regions keep their order and their alignment, whatever stands before them.
+        /// Regions keep their order and their alignment, at any place in the area.
         #[test]
         fn regions_are_congruent_to_their_files(
             regions in prop::collection::vec((1..8 * GIB / PAGE_SIZE, 0..1u64 << 30), 0..20),

@@ -18,7 +18,7 @@ const DATA: u64 = 0x1_0000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
-/// A disk of four sectors, the n-th full of n, and a server on a queue of 16 that nobody kicks.
+/// A disk of four sectors, the n-th full of n, and a server on a queue of 16 that is never kicked.
 struct Fixture {
     server: Server,
     path: tempfile::NamedTempFile,
