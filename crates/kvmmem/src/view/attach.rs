@@ -19,7 +19,7 @@ use crate::device::default_path;
 impl View {
     /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
     /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
-    /// broker (at `$KVMMEM_BROKER`, or else [`DEFAULT_SOCKET`]), then, in a virtual machine, the
+    /// broker (at `$KVMMEM_BROKER`, or else [`super::DEFAULT_SOCKET`]), then, in a virtual machine, the
     /// way without the module.
     ///
     /// ```no_run
