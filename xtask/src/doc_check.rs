@@ -11,11 +11,10 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::tree;
+
 /// Where pages, and mentions of pages, are.
 const FOLDERS: [&str; 7] = ["crates", "docs", "examples", "kernel", "packaging", "tests", "xtask"];
-
-/// Folders of build products.
-const IGNORED: [&str; 2] = ["target", "node_modules"];
 
 const README_LINES: usize = 80;
 
@@ -29,18 +28,17 @@ pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(root)? {
         let path = PathBuf::from(entry?.file_name());
         if is_page(&path) {
-            files.push(path);
+            let text = fs::read_to_string(root.join(&path));
+            files.push((path, text?));
         }
     }
     for folder in FOLDERS.iter().filter(|folder| root.join(folder).is_dir()) {
-        walk(root, Path::new(folder), &mut files)?;
+        files.extend(tree::files(root, folder, &["md", "rs", "c"])?);
     }
     files.sort();
     let mut found = Vec::new();
     // The tests below name pages that are not there.
-    for file in files.iter().filter(|file| !file.ends_with("xtask/src/doc_check.rs")) {
-        let text =
-            fs::read_to_string(root.join(file)).with_context(|| file.display().to_string())?;
+    for (file, text) in files.iter().filter(|(it, _)| !it.ends_with("xtask/src/doc_check.rs")) {
         for (index, line) in text.lines().enumerate() {
             let links = links(line).filter(|_| is_page(file)).map(|link| (link, file.as_path()));
             let mentions = mentions(line).map(|mention| (mention, Path::new("README.md")));
@@ -61,22 +59,6 @@ pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(found)
-}
-
-fn walk(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let entries = fs::read_dir(root.join(folder)).with_context(|| folder.display().to_string())?;
-    for entry in entries {
-        let entry = entry?;
-        let path = folder.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            if !IGNORED.iter().any(|ignored| path.ends_with(ignored)) {
-                walk(root, &path, files)?;
-            }
-        } else if is_page(&path) || path.extension().is_some_and(|end| end == "rs" || end == "c") {
-            files.push(path);
-        }
-    }
-    Ok(())
 }
 
 fn is_page(path: &Path) -> bool {

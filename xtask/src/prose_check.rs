@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::rust_files;
+use crate::tree;
 
 /// Where comments are checked.
 const FOLDERS: [&str; 3] = ["crates", "tests", "xtask"];
@@ -29,11 +29,13 @@ const AVOID: [(&str, &str); 8] = [
 pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for folder in FOLDERS {
-        rust_files::visit(root, folder.as_ref(), &mut |path, text| {
-            found.extend(words(text).map(|(line, word, remedy)| {
-                format!("{}:{line}: {word:?}: {remedy}", path.display())
-            }));
-        })?;
+        for (path, text) in tree::files(root, folder, &["rs"])? {
+            let path = path.display();
+            found.extend(
+                words(&text)
+                    .map(|(line, word, remedy)| format!("{path}:{line}: {word:?}: {remedy}")),
+            );
+        }
     }
     Ok(found)
 }

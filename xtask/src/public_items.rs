@@ -3,10 +3,11 @@
 //!
 //! The lint `unreachable_pub` sees to it that what is `pub` can be reached from other crates.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
+
+use crate::tree;
 
 /// The most items that other crates may see: types, functions, methods, constants and modules.
 const MOST: [(&str, usize); 1] = [("kvmmem-broker", 39)];
@@ -15,26 +16,14 @@ const MOST: [(&str, usize); 1] = [("kvmmem-broker", 39)];
 pub(crate) fn too_many(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for (name, most) in MOST {
-        let count = count(&root.join("crates").join(name).join("src"))?;
+        let files = tree::files(root, Path::new("crates").join(name).join("src"), &["rs"])?;
+        let lines = files.iter().flat_map(|(_, text)| text.lines());
+        let count = lines.filter(|line| is_public(line)).count();
         if count > most {
             found.push(format!("{name}: {count} public items, {most} are allowed"));
         }
     }
     Ok(found)
-}
-
-fn count(folder: &Path) -> Result<usize> {
-    let mut sum = 0;
-    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let path = entry?.path();
-        if path.is_dir() {
-            sum += count(&path)?;
-        } else if path.extension().is_some_and(|end| end == "rs") {
-            let text = fs::read_to_string(&path)?;
-            sum += text.lines().filter(|line| is_public(line)).count();
-        }
-    }
-    Ok(sum)
 }
 
 /// Whether a line begins a public item. What is exported again counts where it is.

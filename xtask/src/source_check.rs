@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::rust_files;
+use crate::tree;
 
 /// Where Rust code is.
 const FOLDERS: [&str; 4] = ["crates", "kernel", "tests", "xtask"];
@@ -18,16 +18,16 @@ const ALLOWED: [&str; 2] = ["crates/kvmmem-sys", "kernel/sys"];
 pub(crate) fn unsafe_code(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for folder in FOLDERS {
-        rust_files::visit(root, folder.as_ref(), &mut |path, text| {
+        for (path, text) in tree::files(root, folder, &["rs"])? {
             if ALLOWED.iter().any(|allowed| path.starts_with(allowed)) {
-                return;
+                continue;
             }
             let shown = path.display();
-            found.extend(places(text).map(|line| format!("{shown}:{line}: unsafe code")));
-            if is_crate_root(path) && !text.contains("#![deny(unsafe_code)]") {
+            found.extend(places(&text).map(|line| format!("{shown}:{line}: unsafe code")));
+            if is_crate_root(&path) && !text.contains("#![deny(unsafe_code)]") {
                 found.push(format!("{shown}: lacks #![deny(unsafe_code)]"));
             }
-        })?;
+        }
     }
     Ok(found)
 }
