@@ -6,6 +6,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::entry::Entry;
@@ -15,6 +17,12 @@ const NAME: &str = "added.json";
 
 /// What it is written as before it takes the place of the old one.
 const NEW: &str = "added.json.new";
+
+/// What one is renamed to that is not read, with a number.
+const UNREAD: &str = "added.json.unread-";
+
+/// The most of those.
+const MAX_UNREAD: u32 = 64;
 
 /// The version of its format. What has another one is not read.
 const VERSION: u32 = 1;
@@ -62,11 +70,11 @@ enum ReadError {
 }
 
 impl StateFile {
-    /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense,
-    /// that is told in the log, and it says nothing.
+    /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense it
+    /// is renamed, so that nothing is lost; the log tells, and it says nothing.
     ///
     /// # Errors
-    /// Where the folder cannot be made or written to.
+    /// Where the folder cannot be made or written to, or there are [`MAX_UNREAD`] of those.
     pub(super) fn open(directory: &Path) -> io::Result<(Self, Vec<Entry>)> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let boot = std::fs::read_to_string(BOOT_ID)?.trim().to_owned();
@@ -84,8 +92,16 @@ impl StateFile {
             }
             Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => {
+                let kept = set_aside(directory, &file.path)?;
+                let (path, kept) = (file.path.display(), kept.display());
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(path = %file.path.display(), error, "the VMs that were added are not known any more");
+                tracing::warn!(
+                    %path,
+                    %kept,
+                    error,
+                    "the VMs that were added are not known any more: add them again; or stop the broker, move \
+                     the file back and start a broker that reads it"
+                );
                 Vec::new()
             }
         };
@@ -126,6 +142,21 @@ impl StateFile {
         file.write_all(&serde_json::to_vec(&content)?)?;
         std::fs::rename(&self.new, &self.path)
     }
+}
+
+/// Renames a file that is not read; returns what it is called then.
+fn set_aside(directory: &Path, path: &Path) -> io::Result<PathBuf> {
+    for number in 1..=MAX_UNREAD {
+        let kept = directory.join(format!("{UNREAD}{number}"));
+        match renameat_with(CWD, path, CWD, &kept, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => {}
+            renamed => return Ok(renamed.map(|()| kept)?),
+        }
+    }
+    let directory = directory.display();
+    Err(io::Error::other(format!(
+        "{directory}/{NAME} cannot be read, and there are {MAX_UNREAD} files {UNREAD}N already; remove them"
+    )))
 }
 
 #[cfg(test)]
@@ -175,22 +206,60 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_nothing_and_replaced() {
+    fn what_makes_no_sense_is_nothing_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
-        for garbage in
-            ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"]
-        {
+        let kept = |number: usize| directory.path().join(format!("{UNREAD}{number}"));
+        let all =
+            ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"];
+        for (number, garbage) in (1..).zip(all) {
             std::fs::write(&path, garbage).unwrap();
             let (mut file, none) = StateFile::open(directory.path()).unwrap();
             assert_eq!(none, [], "{garbage:?}");
+            assert_eq!(std::fs::read_to_string(kept(number)).unwrap(), garbage);
             file.write(entries().iter());
             assert_eq!(StateFile::open(directory.path()).unwrap().1, entries());
         }
         std::fs::remove_file(&path).unwrap();
         std::fs::create_dir(&path).unwrap();
-        assert!(StateFile::open(directory.path()).is_err());
+        StateFile::open(directory.path()).unwrap();
+        assert!(kept(all.len() + 1).is_dir() && path.is_file());
         assert!(StateFile::open(Path::new("/proc/nowhere")).is_err());
+        // Their number is bounded, and what is not kept is not replaced.
+        for number in 1..=MAX_UNREAD {
+            std::fs::write(kept(number.try_into().unwrap()), "").ok();
+        }
+        std::fs::write(&path, "the last one").unwrap();
+        let error = StateFile::open(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("added.json cannot be read"), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "the last one");
+    }
+
+    /// As the first broker that had this file wrote it.
+    #[test]
+    fn what_earlier_brokers_wrote_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let boot = std::fs::read_to_string(BOOT_ID).unwrap();
+        let vm = |role: &str| {
+            format!(
+                r#"{{"name":"web1","uuid":"00000000-0000-0000-0000-000000000007","pid":4711,"started":99,"qmp":null,"role":{role}}}"#
+            )
+        };
+        let target = vm(r#"{"target":{"files":[{"device":1,"inode":2}]}}"#);
+        let introspector = vm(r#"{"introspector":{"cid":7,"on_silence":"kill"}}"#);
+        let text =
+            format!(r#"{{"version":1,"boot":"{}","vms":[{target},{introspector}]}}"#, boot.trim());
+        std::fs::write(directory.path().join(NAME), text).unwrap();
+        let (_, read) = StateFile::open(directory.path()).unwrap();
+        let roles: Vec<_> = read.iter().map(|entry| &entry.role).collect();
+        let [
+            Role::Target { files },
+            Role::Introspector { cid: 7, on_silence: OnSilence::Kill, trusted: false },
+        ] = &roles[..]
+        else {
+            panic!("{roles:?}")
+        };
+        assert_eq!((files.len(), read[0].generation), (1, 0));
     }
 
     proptest! {
