@@ -15,14 +15,21 @@ use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+
 use crate::reactor::{Reactor, Token};
 use crate::sync::lock;
 
 /// A worker's stack; little of it is ever touched.
 const STACK: usize = 512 << 10;
 
-/// The most threads that look for paths: a file system may never answer.
+/// The most threads that look for paths that the kernel may have to ask a file system for, which
+/// may never answer.
 const MAX_PATHS: usize = 16;
+
+/// The most threads beyond them that look for paths which the kernel knows without that.
+const MAX_CACHED_PATHS: usize = 4;
 
 /// How many of them have begun within [`HUNG`], at most: file systems that answer need no more.
 const MAX_NEW_PATHS: usize = 4;
@@ -30,7 +37,7 @@ const MAX_NEW_PATHS: usize = 4;
 /// How long a file system may take before it counts as one that does not answer.
 const HUNG: Duration = Duration::from_millis(250);
 
-/// The most paths that wait for a thread.
+/// The most paths of either kind that wait for a thread.
 const MAX_WAITING_PATHS: usize = 256;
 
 /// How long a worker waits for more work before it ends.
@@ -52,6 +59,8 @@ pub(crate) enum Party {
     Cid(u32),
     /// The path in a file system that has this hash.
     Path(u64),
+    /// The same, of a path that the kernel has in its cache: it asks no file system for it.
+    CachedPath(u64),
 }
 
 /// A pool of threads. Clones are the same pool.
@@ -88,10 +97,9 @@ impl Pool {
     /// Where in the queue the next job is: the first one of the parties with the fewest threads,
     /// unless they have their share.
     fn next(&self, share: usize, now: Instant) -> Option<usize> {
-        let path_share = usize::from(self.has_room_for_path(now));
         let mut best = None;
         for (index, (party, _)) in self.queue.iter().enumerate() {
-            let share = if party.is_path() { path_share } else { share };
+            let share = if party.is_path() { self.has_room(*party, now).into() } else { share };
             let busy = self.busy.get(party).copied().unwrap_or(0);
             if busy < share && best.is_none_or(|(least, _)| busy < least) {
                 best = Some((busy, index));
@@ -112,20 +120,21 @@ impl Pool {
         Some(job)
     }
 
-    /// Whether one more thread may look for a path.
-    fn has_room_for_path(&self, now: Instant) -> bool {
+    /// Whether one more thread may look for this path.
+    fn has_room(&self, path: Party, now: Instant) -> bool {
         let is_new = |began: &&Instant| now.saturating_duration_since(**began) < HUNG;
-        self.lookups.len() < MAX_PATHS
+        self.lookups.len() < path.most_lookups()
             && self.lookups.values().filter(is_new).count() < MAX_NEW_PATHS
     }
 
-    /// Whether a job for a path may wait: no other one is for that path, and not too many for
-    /// others. So those whose file systems do not answer cannot fill the queue.
+    /// Whether a job for a path may wait: not too many do of its kind, and no other one is for that
+    /// path if it may hang. So those whose file systems do not answer cannot fill the queue.
     fn takes_path(&self, path: Party) -> bool {
-        let waiting = || self.queue.iter().map(|(party, _)| party).filter(|party| party.is_path());
-        !self.lookups.contains_key(&path)
-            && waiting().count() < MAX_WAITING_PATHS
-            && !waiting().any(|it| *it == path)
+        let is_alike = |party: &&Party| party.most_lookups() == path.most_lookups();
+        let waiting = || self.queue.iter().map(|(party, _)| party).filter(is_alike);
+        let is_there = || self.lookups.contains_key(&path) || waiting().any(|it| *it == path);
+        waiting().count() < MAX_WAITING_PATHS
+            && (matches!(path, Party::CachedPath(_)) || !is_there())
     }
 
     fn done(&mut self, party: Party) {
@@ -141,8 +150,25 @@ impl Pool {
 
 impl Party {
     fn is_path(self) -> bool {
-        matches!(self, Self::Path(_))
+        self.most_lookups() > 0
     }
+
+    /// With how many threads at most, that look for paths, one more may look for this one.
+    fn most_lookups(self) -> usize {
+        match self {
+            Self::Path(_) => MAX_PATHS,
+            Self::CachedPath(_) => MAX_PATHS + MAX_CACHED_PATHS,
+            Self::Vmms | Self::Target(_) | Self::Cid(_) => 0,
+        }
+    }
+}
+
+/// Whether the kernel finds a path, or knows that there is none, without asking a file system. It
+/// has the path of a unix socket that is bound in its cache. Before Linux 5.12 it does not say.
+fn is_cached(path: &Path) -> bool {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let found = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::CACHED);
+    !matches!(found, Err(Errno::AGAIN | Errno::INVAL | Errno::NOSYS))
 }
 
 impl Workers {
@@ -178,11 +204,16 @@ impl Workers {
     }
 
     /// Does a job that looks for a path, unless one for that path is there already or too many for
-    /// others are; whether it does.
+    /// others are; whether it does. One for a path that the kernel has in its cache does not wait for
+    /// those that may hang.
     pub(crate) fn run_for_path(&self, path: &Path, job: impl FnOnce() + Send + 'static) -> bool {
         let mut hasher = DefaultHasher::new();
         path.hash(&mut hasher);
-        let path = Party::Path(hasher.finish());
+        let kind = if is_cached(path) { Party::CachedPath } else { Party::Path };
+        self.look_up(kind(hasher.finish()), job)
+    }
+
+    fn look_up(&self, path: Party, job: impl FnOnce() + Send + 'static) -> bool {
         let mut pool = lock(&self.0.pool);
         let is_taken = pool.takes_path(path);
         if is_taken {
@@ -202,7 +233,7 @@ impl Workers {
         }
         if party.is_path() {
             // A thread that looks for another path does it, unless that one's file system hangs.
-            if !pool.has_room_for_path(Instant::now()) {
+            if !pool.has_room(party, Instant::now()) {
                 return self.grow_later(pool, HUNG);
             }
             // So does one that was woken for another path.
@@ -262,8 +293,8 @@ impl Workers {
             return;
         }
         if pool.next(self.0.share, Instant::now()).is_none() {
-            if pool.queue.iter().any(|(party, _)| party.is_path()) && pool.lookups.len() < MAX_PATHS
-            {
+            let lookups = pool.lookups.len();
+            if pool.queue.iter().any(|(party, _)| lookups < party.most_lookups()) {
                 self.grow_later(&mut pool, HUNG);
             }
             return;

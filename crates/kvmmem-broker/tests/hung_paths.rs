@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kvmmem_client::admin::Admin;
 use kvmmem_kvmi::request::Request;
 use kvmmem_proto::endpoint::Endpoint;
 use rustix::io::FdFlags;
@@ -76,4 +77,33 @@ fn a_file_system_that_never_answers_holds_up_no_other_hook() {
     }
     wait_for("the hooks to end", || broker.state.hook_count() == 1);
     session.ask(Request::GetVersion).unwrap();
+}
+
+/// All threads that look for paths are stuck. A tool that listens has its path in the kernel's cache.
+#[test]
+fn many_paths_that_hang_hold_up_no_tool_that_listens() {
+    let Some(hung) = Hung::mount() else {
+        eprintln!("skipped: a FUSE file system cannot be mounted: run the tests as root");
+        return;
+    };
+    let broker = TestBroker::start();
+    let names = ["tiger", "lion", "puma", "lynx"];
+    let _vms = names.map(|name| broker.target(name));
+    let mut admin = broker.admin();
+    let tool = Tool::listen(&broker, "tool.sock");
+    let late = Endpoint::Unix(broker.directory.path().join("late.sock"));
+    let hang = |admin: &mut Admin, vm: usize, count: usize| {
+        (0..count).for_each(|n| admin.hook(names[vm], &hung.endpoint(8 * vm + n)).unwrap());
+    };
+    (0..3).for_each(|vm| hang(&mut admin, vm, 8));
+    // One that waits for a thread when its tool begins to listen, and one whose tool listens already.
+    admin.hook("lynx", &late).unwrap();
+    admin.hook("lynx", &tool.endpoint).unwrap();
+    hang(&mut admin, 3, 6);
+    let mut sessions = vec![returns("the tool's connection", move || (tool.accept(), tool)).0];
+    let tool = Tool::listen(&broker, "late.sock");
+    sessions.push(returns("the late tool's connection", move || (tool.accept(), tool)).0);
+    for session in &mut sessions {
+        session.ask(Request::GetVersion).unwrap();
+    }
 }

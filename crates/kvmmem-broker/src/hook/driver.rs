@@ -7,6 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -68,7 +69,7 @@ enum Stage {
 
 /// What a step waits for.
 enum WaitFor {
-    /// Other hooks first.
+    /// Nothing: there is more to do, after other hooks.
     Again,
     Socket(Arc<OwnedFd>, EventFlags, Option<Instant>),
     Pause(Duration),
@@ -114,16 +115,17 @@ impl Driver {
             drop(state);
             return self.end();
         }
-        drop(state);
         let driver = Arc::clone(self);
         match &self.hook.endpoint {
+            // The worker arms the reactor when it is done.
+            _ if state.is_busy => {}
             Endpoint::Unix(path) if is_unconnected => {
-                if !self.workers.run_for_path(path, move || driver.step()) {
-                    let pause = self.work.try_lock().map(|mut work| work.pause());
-                    self.wait_again(pause.unwrap_or(BACK_OFF.1));
-                }
+                let is_taken = self.workers.run_for_path(path, move || driver.step(true));
+                let pause = self.work.try_lock().ok().filter(|_| !is_taken);
+                // The job may wait for threads that hang. Once a tool listens it need not.
+                self.wait_again(pause.map_or(BACK_OFF.1, |mut work| work.pause()));
             }
-            _ => self.workers.run(Party::Target(self.vm.id()), move || driver.step()),
+            _ => self.workers.run(Party::Target(self.vm.id()), move || driver.step(false)),
         }
     }
 
@@ -140,18 +142,29 @@ impl Driver {
         self.reactor.remove(self.token);
     }
 
-    fn step(self: &Arc<Self>) {
+    /// Takes a step. One that looks for a path does nothing else: the threads for that are few.
+    fn step(self: &Arc<Self>, is_lookup: bool) {
         let Some(broker) = self.broker.upgrade() else { return };
         let mut state = self.hook.lock();
-        if state.is_busy || state.driver.is_none() {
+        let is_late = is_lookup && state.stream.is_some();
+        if state.is_busy || state.driver.is_none() || is_late {
             return;
         }
         state.is_busy = true;
         let is_stopped = state.stopped;
         drop(state);
         let mut work = lock(&self.work);
-        let next =
-            if is_stopped { WaitFor::Pause(BACK_OFF.1) } else { self.advance(&broker, &mut work) };
+        let advance = || self.advance(&broker, &mut work);
+        let next = match is_stopped {
+            true => WaitFor::Pause(BACK_OFF.1),
+            false => std::panic::catch_unwind(AssertUnwindSafe(advance)).unwrap_or_else(|_| {
+                tracing::error!(endpoint = %self.hook.endpoint, "a hook's step has failed");
+                if self.hook.lock().stream.is_some() {
+                    self.disconnected(&broker, &mut work, "failed");
+                }
+                WaitFor::Pause(work.pause())
+            }),
+        };
         let mut state = self.hook.lock();
         state.is_busy = false;
         if state.stopped {
@@ -182,6 +195,8 @@ impl Driver {
 
     /// Does what can be done now.
     fn advance(&self, broker: &Broker, work: &mut Work) -> WaitFor {
+        #[cfg(test)]
+        tests::fail_if_asked(&self.hook.endpoint);
         let connected = match std::mem::replace(&mut work.stage, Stage::Idle) {
             Stage::Serving(socket, connection) => {
                 return self.serve(broker, work, socket, connection);
@@ -207,7 +222,8 @@ impl Driver {
             Ok(socket) if self.hook.open(&socket) => {
                 let session = Session { broker, vm: &self.vm, hook: &self.hook };
                 let connection = Box::new(Connection::new(&session, Limits::default()));
-                self.serve(broker, work, socket, connection)
+                work.stage = Stage::Serving(socket, connection);
+                WaitFor::Again
             }
             Ok(_) => WaitFor::Pause(BACK_OFF.0),
             Err(error) => {
@@ -290,3 +306,6 @@ fn linger(socket: &OwnedFd) -> io::Result<()> {
     rustix::io::ioctl_fionbio(socket, false)?;
     Ok(set_socket_timeout(socket, Timeout::Recv, Some(LINGER))?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -112,12 +112,12 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     workers.start().unwrap();
     let (free, is_free) = mpsc::channel::<()>();
     let is_free = Arc::new(Mutex::new(is_free));
-    let hang = |path: &str| {
+    let hang = |path: u64| {
         let is_free = Arc::clone(&is_free);
-        workers.run_for_path(Path::new(path), move || drop(is_free.lock().map(|it| it.recv())))
+        workers.look_up(Party::Path(path), move || drop(is_free.lock().map(|it| it.recv())))
     };
-    assert!(hang("/0") && !hang("/0"));
-    assert!((1..MAX_PATHS).all(|number| hang(&format!("/{number}"))));
+    assert!(hang(0) && !hang(0));
+    assert!((1..MAX_PATHS as u64).all(hang));
     let deadline = Instant::now() + LIMIT;
     // Each begins, as those before it have hung for a while.
     while lock(&workers.0.pool).lookups.len() < MAX_PATHS {
@@ -125,16 +125,28 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
         std::thread::sleep(Duration::from_millis(5));
     }
     // More would take the last threads; those that wait are not too many.
-    assert!((0..MAX_WAITING_PATHS).all(|number| hang(&format!("/more/{number}"))));
-    assert!(!hang("/0") && !hang("/more/0") && !hang("/last"));
+    assert!((0..MAX_WAITING_PATHS as u64).all(|number| hang(1_000 + number)));
+    assert!(!hang(0) && !hang(1_000) && !hang(9_999));
     let (done, is_done) = mpsc::channel();
     workers.run(Party::Target(1), move || done.send(()).unwrap());
     assert_eq!(is_done.recv_timeout(LIMIT), Ok(()));
+    // A path of which the kernel needs no file system may be looked for, several times as well.
+    let (found, is_found) = mpsc::channel();
+    for _ in 0..3 {
+        let found = found.clone();
+        assert!(workers.look_up(Party::CachedPath(0), move || found.send(()).unwrap()));
+    }
+    (0..3).for_each(|_| is_found.recv_timeout(LIMIT).unwrap());
+    let deadline = Instant::now() + LIMIT;
+    while lock(&workers.0.pool).lookups.len() > MAX_PATHS {
+        assert!(Instant::now() < deadline, "its job does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert!(!workers.are_wanted());
     assert_eq!(lock(&workers.0.pool).lookups.len(), MAX_PATHS);
     drop(free);
     let deadline = Instant::now() + LIMIT;
-    while !workers.run_for_path(Path::new("/0"), || {}) {
+    while !workers.look_up(Party::Path(0), || {}) {
         assert!(Instant::now() < deadline, "its thread does not end");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -162,4 +174,18 @@ fn few_threads_look_for_paths_at_a_time() {
     // Others have the threads that are left.
     pool.queue.push_back((Party::Target(1), Box::new(|| {})));
     assert_eq!(taken(&mut pool, now), [Party::Target(1)]);
+}
+
+#[test]
+fn a_bound_socket_s_path_is_in_the_kernel_s_cache() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tool.sock");
+    let _tool = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    // Not before Linux 5.12.
+    let says = openat2(CWD, "/", OFlags::PATH, Mode::empty(), ResolveFlags::CACHED).is_ok();
+    let deadline = Instant::now() + LIMIT;
+    // What happens elsewhere in the file system may keep the kernel from saying so once.
+    while says && !is_cached(&path) {
+        assert!(Instant::now() < deadline, "it is not in the cache");
+    }
 }

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Steps of hooks that panic.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use kvmmem_kvmi::handshake::{ToolHello, VmHello};
+use kvmmem_kvmi::request::Request;
+use kvmmem_proto::message::{Answer, Call};
+
+use super::*;
+use crate::service::Service;
+use crate::test_peer;
+
+/// How long anything may take on a slow machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The hooks whose next step fails.
+static FAILING: Mutex<Vec<Endpoint>> = Mutex::new(Vec::new());
+
+pub(super) fn fail_if_asked(endpoint: &Endpoint) {
+    let mut failing = lock(&FAILING);
+    if let Some(index) = failing.iter().position(|other| other == endpoint) {
+        failing.swap_remove(index);
+        drop(failing);
+        panic!("on purpose");
+    }
+}
+
+fn accept(listener: &UnixListener) -> UnixStream {
+    let deadline = Instant::now() + LIMIT;
+    let mut stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                assert!(Instant::now() < deadline, "the hook does not connect");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    };
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    VmHello::receive(&mut stream).unwrap();
+    ToolHello::default().send(&mut stream).unwrap();
+    stream
+}
+
+#[test]
+fn a_hook_connects_again_where_a_step_has_failed() {
+    let service = Arc::new(Service::default());
+    let mut target = test_peer::Connection::new(&service, 0);
+    target.register_target("tiger").unwrap();
+    let mut admin = test_peer::Connection::new(&service, 0);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tool.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let endpoint = Endpoint::Unix(path);
+    let fail = || lock(&FAILING).push(endpoint.clone());
+
+    fail();
+    let call = Call::Hook { target: "tiger".into(), endpoint: endpoint.clone() };
+    assert!(matches!(admin.ask(call, None), Ok(Answer::Done)));
+    let mut tool = accept(&listener);
+
+    fail();
+    let mut request = Vec::new();
+    Request::GetVersion.encode(1, &mut request).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    // A step lasts as long as the tool sends one request after the other.
+    while tool.write_all(&request).is_ok() && tool.read(&mut [0; 64]).is_ok_and(|size| size > 0) {
+        assert!(Instant::now() < deadline, "the step does not fail");
+        std::thread::sleep(2 * LINGER);
+    }
+    drop(accept(&listener));
+
+    let call = Call::Unhook { target: "tiger".into(), endpoint: endpoint.clone() };
+    assert!(matches!(admin.ask(call, None), Ok(Answer::Done)));
+    let left = service.broker().wait_for_hooks(Instant::now() + LIMIT);
+    assert_eq!(left, 0);
+}
