@@ -168,8 +168,9 @@ impl Broker {
                     self.undo_attach(peer, &attached, failed.target);
                     return Err(CallError::busy());
                 }
-                ((Reply::Redeemed(_), _), Err(NotSent { target: Some(target) })) => {
-                    self.decide(|tables| tables.core.not_introduced(who, target));
+                ((Reply::Redeemed(opened), _), Err(NotSent { target: Some(_) })) => {
+                    let grant = opened.grant;
+                    self.decide(|tables| tables.core.unreceived(now, who, grant))?;
                     return Err(CallError::busy());
                 }
                 (decided, _) => return Ok(decided),

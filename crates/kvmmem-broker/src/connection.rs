@@ -55,6 +55,8 @@ pub(crate) fn serve(service: &Arc<Service>, peer: &Arc<Peer>) {
             PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)
         ) {
             refuse(peer, 0, &CallError::from_error(Refusal::Malformed, &error));
+        } else if matches!(error, PacketError::NoDescriptors) {
+            refuse(peer, 0, &CallError::from_error(Refusal::Limit, &error));
         }
         // Without its sources, which may repeat parts of the packet.
         let (vm, reason) = (connection.vm.as_deref(), &error.to_string());
@@ -168,6 +170,7 @@ impl Connection<'_> {
             | Call::Attach { .. }
             | Call::Used { .. }
             | Call::Detached { .. }
+            | Call::Unreceived { .. }
             | Call::Counters { .. }
             | Call::RevokedDone { .. }
             | Call::Grant(_)

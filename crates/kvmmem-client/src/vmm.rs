@@ -11,6 +11,7 @@
 //! ([`Vcpus`]).
 
 mod cache;
+mod error;
 mod event_thread;
 mod events;
 mod link;
@@ -23,6 +24,7 @@ mod vcpu_thread;
 mod vcpus;
 mod views;
 
+pub use error::RedeemError;
 pub use events::ViewEvents;
 pub use kvmmem_kvmi::token::Token;
 pub use kvmmem_proto::map::Region;
@@ -33,5 +35,4 @@ pub use kvmmem_proto::message::{
 pub use kvmmem_proto::scope::{Rights, Scope, Span};
 pub use link::VmmLink;
 pub use target::{PageGrant, Target, ViewGrant};
-pub use tokens::RedeemError;
 pub use vcpus::Vcpus;

@@ -98,6 +98,13 @@ pub enum Call {
         /// Its last counters.
         counters: ViewCounters,
     },
+    /// Tells that the files of a grant's target have not arrived, so that what was opened by the
+    /// grant cannot be used: its views are closed, and its token gets its use back. The files come
+    /// again with what is opened next. One way: never answered.
+    Unreceived {
+        /// Number of the grant.
+        grant: u64,
+    },
     /// Tells the counters of a view of this connection. One way: never answered.
     Counters {
         /// Its number.
@@ -230,6 +237,7 @@ impl Call {
             self,
             Self::Used { .. }
                 | Self::Detached { .. }
+                | Self::Unreceived { .. }
                 | Self::Counters { .. }
                 | Self::RevokedDone { .. }
                 | Self::RamChanged { .. }

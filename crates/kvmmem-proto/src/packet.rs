@@ -45,6 +45,10 @@ pub enum PacketError {
     /// The packet brings more than [`MAX_FILES`] file descriptors.
     #[error("packet brings more than {MAX_FILES} file descriptors")]
     TooManyFds,
+    /// This process may have no more file descriptors, and the packet brings some. They are lost,
+    /// and the packet with them.
+    #[error("no file descriptor is left for those of a packet")]
+    NoDescriptors,
     /// The packet is not the JSON object that was expected.
     #[error("packet is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -167,7 +171,7 @@ impl PacketSocket {
     ///
     /// # Errors
     /// [`PacketError::Receive`], [`PacketError::TooLong`], [`PacketError::TooManyFds`],
-    /// [`PacketError::Malformed`].
+    /// [`PacketError::NoDescriptors`], [`PacketError::Malformed`].
     pub fn receive<T: DeserializeOwned>(
         &self,
         buffer: &mut PacketBuffer,
@@ -201,7 +205,11 @@ impl PacketSocket {
         if received.flags.contains(ReturnFlags::TRUNC) {
             return Err(PacketError::TooLong);
         }
-        if fds.len() > MAX_FILES || received.flags.contains(ReturnFlags::CTRUNC) {
+        let is_short = received.flags.contains(ReturnFlags::CTRUNC);
+        if is_short && fds.len() < MAX_FILES {
+            return Err(PacketError::NoDescriptors);
+        }
+        if is_short || fds.len() > MAX_FILES {
             return Err(PacketError::TooManyFds);
         }
         Ok(Some((parsed.map_err(PacketError::Malformed)?, fds)))

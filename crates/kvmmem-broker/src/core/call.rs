@@ -103,6 +103,10 @@ impl Core {
                 self.begin_close(view, who, counters)?;
                 Reply::Closing { view }
             }
+            Call::Unreceived { grant } => {
+                self.unreceived(now, who, grant)?;
+                Reply::Nothing
+            }
             Call::Counters { view, counters } => {
                 self.count(view, who, counters)?;
                 Reply::Nothing

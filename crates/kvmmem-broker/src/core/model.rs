@@ -46,6 +46,8 @@ struct Bounds {
     /// Uses of each grant's token.
     uses: u32,
     revocations: u64,
+    /// How often files do not arrive.
+    losses: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -60,6 +62,7 @@ struct State {
     /// By number, those that have not returned.
     revoking: BTreeMap<u64, u64>,
     revoked: u64,
+    lost: u64,
     /// Grants of which a revocation has returned with every peer's confirmation.
     confirmed: BTreeSet<u64>,
 }
@@ -79,6 +82,8 @@ struct Peer {
     known: BTreeSet<u64>,
     /// Targets whose end it was told of.
     gone: BTreeSet<u64>,
+    /// The grant by which it has just got to know a target, and that.
+    last: Option<(u64, u64)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +98,11 @@ enum Action {
     /// The introspector's v1 tool uses a token.
     MapPage {
         grant: u64,
+    },
+    /// The introspector's VMM has had no file descriptors for the target that has just come.
+    Unreceived {
+        grant: u64,
+        target: u64,
     },
     BeginClose {
         peer: u64,
@@ -141,7 +151,17 @@ impl State {
         let lion = VmIdentity { introspector: true, ..identity("lion") };
         let introspector = register(lion, VMM);
         let (revoking, confirmed) = (BTreeMap::new(), BTreeSet::new());
-        Self { core, peers, targets, introspector, granted: 0, revoking, revoked: 0, confirmed }
+        Self {
+            core,
+            peers,
+            targets,
+            introspector,
+            granted: 0,
+            revoking,
+            revoked: 0,
+            lost: 0,
+            confirmed,
+        }
     }
 
     fn actions(&self, bounds: Bounds) -> Vec<Action> {
@@ -158,6 +178,8 @@ impl State {
             actions.extend(grants.clone().map(|grant| Action::Attach { peer, grant }));
             if peer == VMM {
                 actions.extend(grants.clone().map(|grant| Action::MapPage { grant }));
+                actions
+                    .extend(its.last.map(|(grant, target)| Action::Unreceived { grant, target }));
             }
             actions.extend(its.views.keys().map(|&view| Action::BeginClose { peer, view }));
             actions.extend(its.closing.keys().map(|&view| Action::Close { peer, view }));
@@ -175,8 +197,14 @@ impl State {
     /// The state after an action; `None` where the core refuses it.
     fn after(&self, action: Action, now: Instant, bounds: Bounds) -> Option<Self> {
         let mut state = self.clone();
+        state.peers.values_mut().for_each(|its| its.last = None);
         state.act(action, now, bounds)?;
-        state.deliver();
+        let opened = match action {
+            Action::Attach { grant, .. } | Action::MapPage { grant } => Some(grant),
+            _ => None,
+        };
+        let opened = opened.filter(|_| state.lost < bounds.losses);
+        state.deliver(opened);
         Some(state)
     }
 
@@ -204,6 +232,17 @@ impl State {
                 let reply = self.give(now, VMM, Call::Redeem { token: token(grant) })?;
                 assert!(matches!(reply, Reply::Redeemed(_)));
                 self.peers.get_mut(&VMM)?.pages.insert(grant);
+            }
+            Action::Unreceived { grant, target } => {
+                let before = self.core.grants.uses_left(grant);
+                let reply = self.core.handle(now, VMM, Call::Unreceived { grant }, &NONE);
+                assert!(matches!(reply, Ok(Reply::Nothing)), "{reply:?}");
+                assert_eq!(self.core.grants.uses_left(grant), before + 1);
+                self.lost += 1;
+                let its = self.peers.get_mut(&VMM)?;
+                its.views.retain(|_, of| *of != grant);
+                its.pages.remove(&grant);
+                its.known.remove(&target);
             }
             Action::BeginClose { peer, view } => {
                 let counters = ViewCounters::default();
@@ -272,7 +311,7 @@ impl State {
     }
 
     /// The peers read what they were sent.
-    fn deliver(&mut self) {
+    fn deliver(&mut self, opened: Option<u64>) {
         for effect in self.core.take_effects() {
             let Effect::Push { peer, push } = effect else { continue };
             let its = self.peers.get_mut(&peer).expect("it is connected");
@@ -283,6 +322,7 @@ impl State {
                 Push::Target { target, .. } => {
                     assert!(self.targets.contains(&target) && !its.gone.contains(&target));
                     assert!(peer == VMM && its.known.insert(target));
+                    its.last = opened.map(|grant| (grant, target));
                 }
                 Push::Gone { target } => {
                     assert!(peer != VMM || its.known.contains(&target));
@@ -384,15 +424,15 @@ fn explore(bounds: Bounds) -> usize {
 
 #[test]
 fn three_peers_and_one_grant_keep_every_promise() {
-    let bounds = Bounds { peers: 3, targets: 1, grants: 1, uses: 2, revocations: 1 };
+    let bounds = Bounds { peers: 3, targets: 1, grants: 1, uses: 2, revocations: 1, losses: 1 };
     assert!(explore(bounds) > 1_000);
 }
 
 #[test]
 #[ignore = "takes half a minute in a release build; `cargo xtask model` runs it"]
 fn three_peers_and_two_grants_keep_every_promise() {
-    let one = Bounds { peers: 3, targets: 1, grants: 1, uses: 3, revocations: 2 };
-    let two = Bounds { peers: 3, targets: 2, grants: 2, uses: 1, revocations: 1 };
+    let one = Bounds { peers: 3, targets: 1, grants: 1, uses: 3, revocations: 2, losses: 0 };
+    let two = Bounds { peers: 3, targets: 2, grants: 2, uses: 1, revocations: 1, losses: 1 };
     for bounds in [one, two] {
         println!("{} states with {bounds:?}", explore(bounds));
     }

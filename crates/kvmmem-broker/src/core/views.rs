@@ -77,14 +77,14 @@ impl Core {
             None => HOST.to_owned(),
         };
         let mut is_first = false;
-        let attach = |grants: &mut Grants| {
-            let of = (name.as_str(), caller.clone());
+        let attach = |grants: &mut Grants, gets_files| {
+            let (by, of) = (User { gets_files, ..by }, (name.as_str(), caller.clone()));
             grants.attach(now, token, by, of, *read_only).map_err(CallError::from)
         };
         let (view, opened) = if by.vm.is_some() {
             self.introducing(who, target, may_get_files, attach)?
         } else {
-            let attached = attach(&mut self.grants)?;
+            let attached = attach(&mut self.grants, false)?;
             if let Some(peer) = self.peers.get_mut(&who) {
                 peer.watch(target);
                 is_first = !std::mem::replace(&mut peer.has_views, true);
@@ -131,8 +131,9 @@ impl Core {
         }
     }
 
-    /// Removes a view that its peer was never told of.
+    /// Removes a view that its peer was never told of; the token gets its use back.
     pub(crate) fn undo_attach(&mut self, now: Instant, attached: &NewView, peer: u64) {
+        self.grants.return_use(now, attached.opened.grant, peer);
         self.remove_view(now, attached.view, peer);
         if let Some(peer) = self.peers.get_mut(&peer).filter(|_| attached.is_first) {
             peer.has_views = false;
@@ -141,11 +142,16 @@ impl Core {
 
     fn remove_view(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
         let closed = self.grants.detach(now, view, peer)?;
-        if !self.grants.peers_of(closed.grant).contains(&peer) {
-            self.revocations.confirm(closed.grant, peer);
+        self.released(closed.grant, peer);
+        Some(closed)
+    }
+
+    /// A peer that holds nothing more under a grant need not confirm its revocation.
+    pub(super) fn released(&mut self, grant: u64, peer: u64) {
+        if !self.grants.peers_of(grant).contains(&peer) {
+            self.revocations.confirm(grant, peer);
             self.effects.push(Effect::Confirmed);
         }
-        Some(closed)
     }
 
     /// Records a view's counters.
@@ -182,12 +188,13 @@ impl Core {
     /// Where the peer's VM is no introspector.
     pub(super) fn user(&self, who: u64) -> Result<User, CallError> {
         let Some(vm) = self.peers.get(&who).and_then(|peer| peer.vm) else {
-            return Ok(User { peer: who, vm: None, uuid: None });
+            return Ok(User { peer: who, vm: None, uuid: None, gets_files: false });
         };
         let introspector = self.vms.get(vm).filter(|vm| vm.identity.introspector);
         let introspector = introspector.ok_or_else(|| {
             CallError::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
         })?;
-        Ok(User { peer: who, vm: Some(vm), uuid: Some(introspector.identity.uuid) })
+        let uuid = Some(introspector.identity.uuid);
+        Ok(User { peer: who, vm: Some(vm), uuid, gets_files: false })
     }
 }

@@ -15,6 +15,8 @@ use super::target::{PageGrant, Target};
 pub(super) struct Cache {
     targets: HashMap<u64, Arc<Target>>,
     grants: Vec<Grant>,
+    /// Whether the files of some target have not arrived.
+    pub(super) is_incomplete: bool,
 }
 
 #[derive(Debug)]
@@ -36,6 +38,11 @@ impl Cache {
     /// A target by its number.
     pub(super) fn target(&self, id: u64) -> Option<Arc<Target>> {
         self.targets.get(&id).cloned()
+    }
+
+    /// Whether the files of a target have not arrived.
+    pub(super) fn has_lost(&self, id: u64) -> bool {
+        self.is_incomplete && !self.targets.contains_key(&id)
     }
 
     /// Keeps a token of grant `grant` for `lifetime`. The broker bounds how many are outstanding;
@@ -98,8 +105,7 @@ impl Cache {
 
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
-        self.targets.clear();
-        self.grants.clear();
+        *self = Self::default();
     }
 }
 

@@ -7,11 +7,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::client::{self, ClientError};
+use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Refusal, Request, ViewCounters};
+use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Request, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};
 use rustix::io::Errno;
 
+use super::error::RedeemError;
 use super::state::{Shared, State};
 use super::target::Target;
 use super::views::Views;
@@ -21,6 +23,9 @@ const TELL_AFTER: Duration = Duration::from_millis(20);
 
 /// How long to wait before the broker is tried again: at first, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// A guest can cause these.
+static WARNINGS: RateLimit = RateLimit::new(1);
 
 /// A registered connection.
 pub(super) struct Connection {
@@ -136,6 +141,15 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), ClientError>
             }
             Ok(None) => return Ok(()),
             Err(PacketError::Receive(Errno::AGAIN)) if is_limited => {}
+            // Only a target comes with files. What is opened with it is undone.
+            Err(PacketError::NoDescriptors) => {
+                shared.lock().cache.is_incomplete = true;
+                if WARNINGS.allow(Instant::now()).is_some() {
+                    tracing::warn!(
+                        "no file descriptor is left for a target's RAM; raise the limit of open files"
+                    );
+                }
+            }
             Err(error) => return Err(error.into()),
         }
         shared.outbox.flush(socket, None);
@@ -167,6 +181,9 @@ fn take(
             }
         }
         FromBroker::Granted { token, grant, target, scope, expires_in_ms } => {
+            if state.cache.has_lost(target) {
+                return Ok(Some(Call::Unreceived { grant }));
+            }
             // A token by which a view is being opened is used for that.
             if !state.views.is_under_way(&token) && !state.views.is_revoked(grant) {
                 let lifetime = Duration::from_millis(expires_in_ms);
@@ -185,7 +202,9 @@ fn take(
             state.events.gone(target);
         }
         FromBroker::Answer { id, answer } => return Ok(answered(state, id, Ok(answer))),
-        FromBroker::Refused { id, refusal, .. } => return Ok(answered(state, id, Err(refusal))),
+        FromBroker::Refused { id, refusal, .. } => {
+            return Ok(answered(state, id, Err(refusal.into())));
+        }
     }
     Ok(None)
 }
@@ -197,14 +216,22 @@ fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, Cl
 }
 
 /// Hands an answer to the caller that asked. A view that no caller waits for any more, or whose
-/// grant was revoked meanwhile, is closed at once.
-fn answered(state: &mut State, id: u64, mut answer: Result<Answer, Refusal>) -> Option<Call> {
+/// grant was revoked meanwhile, is closed at once. What was opened is undone where the target's
+/// files have not arrived.
+fn answered(state: &mut State, id: u64, mut answer: Result<Answer, RedeemError>) -> Option<Call> {
     state.views.end_request(id);
     let mut closed = None;
+    if let Ok(Answer::Attached { grant, target, .. } | Answer::Redeemed { grant, target, .. }) =
+        answer
+        && state.cache.has_lost(target)
+    {
+        answer = Err(RedeemError::NoDescriptors);
+        closed = Some(Call::Unreceived { grant });
+    }
     if let Ok(Answer::Attached { view, grant, target, .. }) = answer
         && (!state.waiting.contains_key(&id) || !state.views.open(view, grant, target))
     {
-        answer = Err(Refusal::Unknown);
+        answer = Err(RedeemError::Unknown);
         closed = Some(Call::Detached { view, counters: ViewCounters::default() });
     }
     // A caller that has given up has removed its entry.

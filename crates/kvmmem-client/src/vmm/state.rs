@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use kvmmem_proto::message::{Answer, Call, Refusal, Registration};
+use kvmmem_proto::message::{Answer, Call, Registration};
 use kvmmem_proto::packet::PacketSocket;
 
 use super::cache::Cache;
+use super::error::RedeemError;
 use super::events::Queue;
 use super::outbox::Outbox;
 use super::vcpus::Questions;
@@ -47,7 +48,7 @@ pub(super) struct State {
     pub(super) lost: u64,
     pub(super) last_request: u64,
     /// Requests under way, and their answers once they have come.
-    pub(super) waiting: HashMap<u64, Option<Result<Answer, Refusal>>>,
+    pub(super) waiting: HashMap<u64, Option<Result<Answer, RedeemError>>>,
     pub(super) stopped: bool,
 }
 

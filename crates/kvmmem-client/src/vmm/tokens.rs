@@ -5,10 +5,10 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::map::SHARE_IT;
-use kvmmem_proto::message::{Answer, Call, Caller, Refusal, Request, ViewCounters};
+use kvmmem_proto::message::{Answer, Call, Caller, Request, ViewCounters};
 use kvmmem_proto::packet::Wait;
 
+use super::error::RedeemError;
 use super::link::VmmLink;
 use super::state::State;
 use super::target::{PageGrant, Target, ViewGrant};
@@ -16,23 +16,6 @@ use super::views::MAX_UNDER_WAY;
 
 /// How long [`VmmLink::redeem`] and [`VmmLink::attach`] wait for the broker.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-
-/// Why a token was not traded for a target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RedeemError {
-    /// The token is unknown, used, expired or another holder's.
-    #[error("token is unknown, used, expired or revoked")]
-    Unknown,
-    /// The broker cannot be asked now.
-    #[error("the broker cannot be reached")]
-    Unavailable,
-    /// This VM is not registered as an introspector.
-    #[error("this VM may not map the memory of others")]
-    Denied,
-    /// The target's RAM is private to its VMM.
-    #[error("the target's RAM is private to its VMM and cannot be mapped; {SHARE_IT}")]
-    Private,
-}
 
 impl VmmLink {
     /// Trades a token for a target, to map one of its pages; takes one use of the token.
@@ -187,13 +170,6 @@ impl VmmLink {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         };
-        let answer = match answer {
-            Some(Ok(answer)) => Ok(answer),
-            Some(Err(Refusal::Unknown)) => Err(RedeemError::Unknown),
-            Some(Err(Refusal::Denied | Refusal::Invalid)) => Err(RedeemError::Denied),
-            Some(Err(Refusal::Unsupported)) => Err(RedeemError::Private),
-            Some(Err(_)) | None => Err(RedeemError::Unavailable),
-        };
-        (state, answer)
+        (state, answer.unwrap_or(Err(RedeemError::Unavailable)))
     }
 }

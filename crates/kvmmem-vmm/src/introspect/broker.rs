@@ -102,7 +102,7 @@ impl TokenSource for VmmLink {
 fn number(error: RedeemError) -> KvmError {
     match error {
         RedeemError::Unknown => KvmError::NoEnt,
-        RedeemError::Unavailable => KvmError::Again,
+        RedeemError::Unavailable | RedeemError::NoDescriptors => KvmError::Again,
         RedeemError::Denied => KvmError::Perm,
         RedeemError::Private => KvmError::OpNotSupp,
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::grant::{Holder, View};
+use super::grant::{Holder, User, View};
 use super::table::Grants;
 
 /// What a revocation affects.
@@ -48,15 +48,42 @@ impl Grants {
             return Vec::new();
         };
         grant.users.remove(&by);
+        grant.returnable.remove(&by);
         if grant.terms.holder == Holder::Pushed(by) {
             grant.terms.holder = Holder::Anybody;
         }
         self.of_peer.remove(&(by, id));
-        let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
-        let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
-        let ended = views.into_iter().filter_map(|view| self.close(now, view)).collect();
+        let ended = self.close_all(now, id, by);
         self.settle(now, id);
         ended
+    }
+
+    /// Undoes what a connection has by a grant whose target's files have not arrived there. A token
+    /// that was pushed to it is to be asked for. Returns the target and the views that this closes;
+    /// `None` where the connection has nothing by that grant.
+    pub(crate) fn unreceived(
+        &mut self,
+        now: Instant,
+        id: u64,
+        by: User,
+    ) -> Option<(u64, Vec<View>)> {
+        if !self.peers_of(id).contains(&by.peer) {
+            return None;
+        }
+        self.return_use(now, id, by.peer);
+        if let Some(uuid) = by.uuid {
+            self.not_pushed(id, uuid);
+        }
+        let grant = self.grants.get(&id)?;
+        Some((grant.terms.target, self.close_all(now, id, by.peer)))
+    }
+
+    /// Closes the views that a connection has by a grant.
+    fn close_all(&mut self, now: Instant, id: u64, by: u64) -> Vec<View> {
+        let Some(grant) = self.grants.get(&id) else { return Vec::new() };
+        let is_theirs = |view: &&u64| self.views.get(view).is_some_and(|view| view.peer == by);
+        let views: Vec<u64> = grant.views.iter().filter(is_theirs).copied().collect();
+        views.into_iter().filter_map(|view| self.close(now, view)).collect()
     }
 
     /// Takes out what there is for a target that is gone; returns the views that end by it.
@@ -76,6 +103,7 @@ impl Grants {
             if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
                 ended.extend(self.remove(id));
             } else if grant.users.remove(&peer) {
+                grant.returnable.remove(&peer);
                 self.of_peer.remove(&(peer, id));
                 self.settle(now, id);
             }

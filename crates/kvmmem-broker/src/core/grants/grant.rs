@@ -41,6 +41,8 @@ pub(crate) struct User {
     pub vm: Option<u64>,
     /// UUID of that VM.
     pub uuid: Option<Uuid>,
+    /// Whether the target's files are sent with what the token opens.
+    pub gets_files: bool,
 }
 
 /// What a grant is made of.
@@ -87,6 +89,9 @@ pub(super) struct Grant {
     pub(super) views: BTreeSet<u64>,
     /// Connections that have used the token for pages.
     pub(super) users: BTreeSet<u64>,
+    /// Connections that were sent the target's files with a use, which they may return: the files
+    /// may not arrive. The token is kept as long.
+    pub(super) returnable: BTreeSet<u64>,
     /// When it leaves the table, once it is of no use.
     pub(super) leaves: Option<Instant>,
     /// Whether it has its share of a limit.
@@ -102,6 +107,7 @@ impl Grant {
             revoked: false,
             views: BTreeSet::new(),
             users: BTreeSet::new(),
+            returnable: BTreeSet::new(),
             leaves: None,
             is_counted: true,
             terms,
@@ -135,8 +141,12 @@ impl Grant {
         peers
     }
 
-    pub(super) fn take_use(&mut self, id: u64) -> Access {
+    /// Takes a use. KVMI's tokens live for seconds, and a tool asks for another one.
+    pub(super) fn take_use(&mut self, id: u64, by: User) -> Access {
         self.uses_left = self.uses_left.saturating_sub(1);
+        if by.gets_files && self.terms.origin == Origin::Operator {
+            self.returnable.insert(by.peer);
+        }
         Access { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
     }
 }

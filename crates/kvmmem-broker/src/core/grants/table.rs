@@ -112,6 +112,12 @@ impl Grants {
         self.grants.contains_key(&id)
     }
 
+    /// How often a grant's token may still be used.
+    #[cfg(test)]
+    pub(in crate::core) fn uses_left(&self, id: u64) -> u32 {
+        self.grants[&id].uses_left
+    }
+
     /// Whether nothing is in the table.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {

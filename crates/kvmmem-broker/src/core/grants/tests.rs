@@ -27,9 +27,10 @@ const PEERS: u64 = 4;
 #[derive(Clone, Debug)]
 enum Step {
     Mint { token: u64, target: u64, holder: Holder, uses: u32, ttl_ms: u64, origin: Origin },
-    Redeem { token: u64, by: u64 },
+    Redeem { token: u64, by: u64, gets_files: bool },
     Used { token: u64, by: u64 },
-    Attach { token: u64, by: u64, read_only: bool },
+    Attach { token: u64, by: u64, read_only: bool, gets_files: bool },
+    Unreceived { grant: u64, by: u64 },
     Detach { view: u64, by: u64 },
     Count { view: u64, by: u64, seeks: u64 },
     NotPushed { grant: u64, holder: u64 },
@@ -55,10 +56,12 @@ fn any_step() -> impl Strategy<Value = Step> {
             let origin = if is_kvmi || is_pushed { Origin::Kvmi } else { Origin::Operator };
             Step::Mint { token, target, holder, uses, ttl_ms, origin }
         }),
-        3 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Redeem { token, by }),
+        3 => (token.clone(), peer.clone(), any::<bool>())
+            .prop_map(|(token, by, gets_files)| Step::Redeem { token, by, gets_files }),
         2 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Used { token, by }),
-        4 => (token, peer.clone(), any::<bool>())
-            .prop_map(|(token, by, read_only)| Step::Attach { token, by, read_only }),
+        4 => (token, peer.clone(), any::<bool>(), any::<bool>())
+            .prop_map(|(token, by, read_only, gets_files)| Step::Attach { token, by, read_only, gets_files }),
+        6 => (1u64..6, peer.clone()).prop_map(|(grant, by)| Step::Unreceived { grant, by }),
         2 => (id.clone(), peer.clone()).prop_map(|(view, by)| Step::Detach { view, by }),
         1 => (id.clone(), peer.clone(), any::<u64>()).prop_map(|(view, by, seeks)| Step::Count { view, by, seeks }),
         1 => (id.clone(), peer.clone()).prop_map(|(grant, holder)| Step::NotPushed { grant, holder }),
@@ -76,7 +79,7 @@ fn uuid(peer: u64) -> Uuid {
 
 /// The connections are those of VMs that have the same number.
 fn user(peer: u64) -> User {
-    User { peer, vm: Some(peer), uuid: Some(uuid(peer)) }
+    User { peer, vm: Some(peer), uuid: Some(uuid(peer)), gets_files: false }
 }
 
 fn caller() -> Caller {
@@ -99,9 +102,39 @@ struct Known {
     removed: bool,
     users: BTreeSet<u64>,
     views: BTreeMap<u64, u64>,
+    is_operator: bool,
+    /// Those that may return a use.
+    returnable: BTreeSet<u64>,
 }
 
 impl Known {
+    fn take_use(&mut self, by: User) {
+        self.uses -= 1;
+        if by.gets_files && self.is_operator {
+            self.returnable.insert(by.peer);
+        }
+    }
+
+    /// The connections that have something by it.
+    fn peers(&self) -> BTreeSet<u64> {
+        let mut peers: BTreeSet<u64> =
+            self.users.iter().chain(self.views.values()).copied().collect();
+        if let Holder::Pushed(peer) = self.holder {
+            peers.insert(peer);
+        }
+        peers
+    }
+
+    fn close_all(&mut self, by: u64) -> BTreeSet<u64> {
+        let closed: BTreeSet<u64> =
+            self.views.iter().filter(|(_, peer)| **peer == by).map(|(view, _)| *view).collect();
+        self.views.retain(|_, peer| *peer != by);
+        if !closed.is_empty() {
+            self.returnable.remove(&by);
+        }
+        closed
+    }
+
     fn state(&self, clock_ms: u64) -> GrantState {
         if self.revoked {
             GrantState::Revoked
@@ -188,19 +221,22 @@ proptest! {
                         removed: false,
                         users: BTreeSet::new(),
                         views: BTreeMap::new(),
+                        is_operator: origin == Origin::Operator,
+                        returnable: BTreeSet::new(),
                     });
                     prop_assert_eq!(id, model.grants.len() as u64);
                 }
-                Step::Redeem { token: name, by } => {
+                Step::Redeem { token: name, by, gets_files } => {
+                    let user = User { gets_files, ..user(by) };
                     let expected = model.usable(name, by).map(|(id, grant)| {
                         if grant.holder == Holder::Pushed(by) {
                             return None;
                         }
-                        grant.uses -= 1;
+                        grant.take_use(user);
                         grant.users.insert(by);
                         Some(id)
                     });
-                    let redeemed = grants.redeem(now, &token(name), user(by));
+                    let redeemed = grants.redeem(now, &token(name), user);
                     let redeemed = redeemed.map(|opened| opened.map(|opened| opened.grant));
                     prop_assert_eq!(redeemed, expected);
                 }
@@ -222,25 +258,44 @@ proptest! {
                         prop_assert_eq!(used, expected);
                     }
                 }
-                Step::Attach { token: name, by, read_only } => {
+                Step::Attach { token: name, by, read_only, gets_files } => {
+                    let user = User { gets_files, ..user(by) };
                     let expected = model.usable(name, by).map(|(id, grant)| {
-                        grant.uses -= 1;
+                        grant.take_use(user);
                         last_view += 1;
                         grant.views.insert(last_view, by);
                         (last_view, id)
                     });
-                    let attached = grants.attach(now, &token(name), user(by), ("by", caller()), read_only);
+                    let attached = grants.attach(now, &token(name), user, ("by", caller()), read_only);
                     if let Ok((_, opened)) = &attached {
                         prop_assert_eq!(opened.scope.rights == Rights::ReadOnly, read_only);
                     }
                     prop_assert_eq!(attached.map(|(view, opened)| (view, opened.grant)), expected);
+                }
+                Step::Unreceived { grant: id, by } => {
+                    let undone = grants.unreceived(now, id, user(by));
+                    let undone = undone.map(|(target, views)| (target, ids(&views)));
+                    let grant = model.grant(id).filter(|grant| grant.peers().contains(&by));
+                    let expected = grant.map(|grant| {
+                        if grant.returnable.remove(&by) {
+                            grant.uses += 1;
+                            grant.users.remove(&by);
+                        }
+                        if matches!(grant.holder, Holder::Pushed(_)) {
+                            grant.holder = Holder::Vm(uuid(by));
+                        }
+                        (grant.target, grant.close_all(by))
+                    });
+                    prop_assert_eq!(undone, expected);
                 }
                 Step::Detach { view, by } => {
                     let is_theirs = model.views().get(&view) == Some(&by);
                     prop_assert_eq!(grants.detach(now, view, by).is_some(), is_theirs);
                     if is_theirs {
                         for grant in &mut model.grants {
-                            grant.views.remove(&view);
+                            if grant.views.remove(&view).is_some() {
+                                grant.returnable.remove(&by);
+                            }
                         }
                     }
                 }
@@ -257,11 +312,7 @@ proptest! {
                 Step::Revoke { grant: id } => {
                     let affected = grants.revoke(now, id);
                     if let Some(grant) = model.grant(id).filter(|_| affected.is_some()) {
-                        let mut peers = grant.users.clone();
-                        peers.extend(grant.views.values());
-                        if let Holder::Pushed(peer) = grant.holder {
-                            peers.insert(peer);
-                        }
+                        let peers = grant.peers();
                         grant.revoked = true;
                         let expected = RevokedGrant { target: grant.target, peers, views: grant.views.len() };
                         prop_assert_eq!(affected, Some(expected));
@@ -274,11 +325,11 @@ proptest! {
                     let mut expected = BTreeSet::new();
                     if let Some(grant) = model.grant(id).filter(|grant| grant.revoked) {
                         grant.users.remove(&by);
+                        grant.returnable.remove(&by);
                         if grant.holder == Holder::Pushed(by) {
                             grant.holder = Holder::Anybody;
                         }
-                        expected = grant.views.iter().filter(|(_, peer)| **peer == by).map(|(view, _)| *view).collect();
-                        grant.views.retain(|_, peer| *peer != by);
+                        expected = grant.close_all(by);
                     }
                     prop_assert_eq!(ids(&ended), expected);
                 }
@@ -295,8 +346,8 @@ proptest! {
                     let ended = grants.forget_peer(now, peer);
                     let mut expected = BTreeSet::new();
                     for grant in &mut model.grants {
-                        expected.extend(grant.views.iter().filter(|(_, by)| **by == peer).map(|(view, _)| *view));
-                        grant.views.retain(|_, by| *by != peer);
+                        expected.extend(grant.close_all(peer));
+                        grant.returnable.remove(&peer);
                         grant.users.remove(&peer);
                         if grant.holder == Holder::Pushed(peer) && grant.views.is_empty() {
                             grant.removed = true;
@@ -310,6 +361,8 @@ proptest! {
             grants.advance(start + Duration::from_millis(model.clock_ms));
             for (id, grant) in (1..).zip(&mut model.grants) {
                 let is_there = grants.grants.contains_key(&id);
+                let uses = grants.grants.get(&id).map_or(grant.uses, |grant| grant.uses_left);
+                prop_assert_eq!(uses, grant.uses);
                 prop_assert!(!(is_there && grant.removed));
                 if !is_there {
                     prop_assert!(grant.views.is_empty());
@@ -344,7 +397,9 @@ fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
     for (id, grant) in &grants.grants {
         let found = grant.token.as_deref().map(|token| grants.find(token));
         prop_assert!(found.is_none_or(|found| found == Some(*id)));
-        prop_assert_eq!(grant.token.is_some(), grant.uses_left > 0 && !grant.revoked);
+        let may_be_used = grant.uses_left > 0 || !grant.returnable.is_empty();
+        prop_assert_eq!(grant.token.is_some(), may_be_used && !grant.revoked);
+        prop_assert!(grant.uses_left <= grant.terms.uses);
     }
     let of_target = grants.grants.iter().map(|(id, grant)| (grant.terms.target, *id));
     prop_assert_eq!(&grants.of_target, &of_target.collect());
@@ -418,7 +473,9 @@ fn what_is_over_leaves_the_list_by_and_by() {
     let (mut grants, now) = (Grants::default(), Instant::now());
     for n in 0..2000 {
         grants.mint(now, token(n), terms(n, Origin::Kvmi, 1)).unwrap();
-        grants.redeem(now, &token(n), User { peer: 1, vm: None, uuid: None }).unwrap();
+        grants
+            .redeem(now, &token(n), User { peer: 1, vm: None, uuid: None, gets_files: false })
+            .unwrap();
     }
     grants.advance(now);
     assert_eq!(grants.len(), (MAX_LEAVING, 0));
@@ -487,4 +544,35 @@ fn who_ends_many_grants_pushes_no_others_off_the_list() {
     grants.advance(now);
     assert_eq!(grants.len(), (MAX_LEAVING, 0));
     assert!(grants.revoke(now, kvmi).is_some(), "the page that it mapped can still be taken back");
+}
+
+/// The token of a use that may be returned is kept, and no longer.
+#[test]
+fn a_use_is_returned_where_the_files_do_not_arrive() {
+    let (mut grants, now) = (Grants::default(), Instant::now());
+    for (n, origin) in [(1, Origin::Operator), (2, Origin::Kvmi)] {
+        grants.mint(now, token(n), terms(9, origin, 1)).unwrap();
+    }
+    let by = User { gets_files: true, ..user(1) };
+    let attach = |grants: &mut Grants, n| grants.attach(now, &token(n), by, ("by", caller()), true);
+    attach(&mut grants, 1).unwrap();
+    assert_eq!(attach(&mut grants, 1), Err(UseError::Unknown));
+    assert!(grants.unreceived(now, 1, user(2)).is_none());
+    let (target, views) = grants.unreceived(now, 1, user(1)).unwrap();
+    assert_eq!((target, views.len(), grants.views.len()), (9, 1, 0));
+    assert!(grants.unreceived(now, 1, user(1)).is_none());
+    // The same by a page.
+    grants.redeem(now, &token(1), by).unwrap();
+    assert_eq!(grants.unreceived(now, 1, user(1)), Some((9, vec![])));
+    // A view that is closed has been used.
+    let (view, _) = attach(&mut grants, 1).unwrap();
+    assert!(grants.grants[&1].token.is_some());
+    grants.detach(now, view, 1).unwrap();
+    assert!(grants.grants[&1].token.is_none());
+    assert_eq!(attach(&mut grants, 1), Err(UseError::Unknown));
+    // A token of KVMI's lives for seconds.
+    attach(&mut grants, 2).unwrap();
+    assert_eq!(grants.unreceived(now, 2, user(1)).unwrap().1.len(), 1);
+    assert_eq!(attach(&mut grants, 2), Err(UseError::Unknown));
+    check(&grants, now).unwrap();
 }

@@ -21,6 +21,7 @@ impl Grants {
         }
         if let Some(grant) = self.grants.get_mut(&view.grant) {
             grant.views.remove(&view.id);
+            grant.returnable.remove(&view.peer);
             self.settle(now, view.grant);
         }
         Some(view)
@@ -73,10 +74,14 @@ impl Grants {
             self.expiring.remove(&(grant.expires, id));
             self.uncount_kvmi(&mut grant);
         }
-        // An expired token may still be told as used; any other is of no use.
-        if matches!(state, GrantState::Spent | GrantState::Revoked)
-            && let Some(token) = grant.token.take()
-        {
+        // An expired token may still be told as used, and a use may be returned; any other is of no
+        // use.
+        let is_useless = match state {
+            GrantState::Active | GrantState::Expired => false,
+            GrantState::Spent => grant.returnable.is_empty(),
+            GrantState::Revoked => true,
+        };
+        if is_useless && let Some(token) = grant.token.take() {
             self.tokens.remove(&token, id);
         }
         if state != GrantState::Active && !grant.is_in_use() && grant.leaves.is_none() {

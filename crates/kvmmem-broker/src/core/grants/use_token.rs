@@ -40,7 +40,7 @@ impl Grants {
         if grant.terms.holder == Holder::Pushed(by.peer) {
             return Ok(None);
         }
-        let opened = grant.take_use(id);
+        let opened = grant.take_use(id, by);
         grant.users.insert(by.peer);
         self.of_peer.insert((by.peer, id));
         self.settle(now, id);
@@ -58,11 +58,27 @@ impl Grants {
         if !may_be {
             return None;
         }
-        let opened = grant.take_use(id);
+        let opened = grant.take_use(id, User { peer: by, vm: None, uuid: None, gets_files: false });
         grant.users.insert(by);
         self.of_peer.insert((by, id));
         self.settle(now, id);
         Some(opened)
+    }
+
+    /// Returns the use that a connection has taken of a token, with which the target's files were
+    /// sent: they have not arrived. Nothing where there is no such use; the caller closes its view.
+    pub(crate) fn return_use(&mut self, now: Instant, id: u64, by: u64) {
+        let Some(grant) = self.grants.get_mut(&id) else { return };
+        if grant.returnable.remove(&by) {
+            grant.uses_left = grant.uses_left.saturating_add(1);
+            if grant.state(now) == GrantState::Active {
+                self.expiring.insert((grant.expires, id));
+            }
+            if grant.users.remove(&by) {
+                self.of_peer.remove(&(by, id));
+            }
+            self.settle(now, id);
+        }
     }
 
     /// Records that a token could not be pushed to its holder: the introspector with this UUID has

@@ -32,7 +32,7 @@ impl Grants {
         if views >= MAX_VIEWS_PER_PEER {
             return Err(UseError::TooManyViews);
         }
-        let mut opened = grant.take_use(id);
+        let mut opened = grant.take_use(id, by);
         if read_only {
             opened.scope = opened.scope.at_most(Rights::ReadOnly);
         }

@@ -65,6 +65,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Pause { target: none() }, "ao--"),
         (Call::Resume { target: none() }, "ao--"),
         (Call::VcpuAnswer { id: 1, answer: VcpuAnswer::Resumed }, "---v"),
+        (Call::Unreceived { grant: 0 }, "---v"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
 }
@@ -98,11 +99,12 @@ fn number(call: &Call) -> usize {
         Call::Pause { .. } => 22,
         Call::Resume { .. } => 23,
         Call::VcpuAnswer { .. } => 24,
+        Call::Unreceived { .. } => 25,
         Call::Continued { .. } => COUNT - 1,
     }
 }
 
-const COUNT: usize = 26;
+const COUNT: usize = 27;
 
 /// A connection that is what `role` says.
 fn connection(broker: &Arc<Service>, role: Role) -> Connection {
