@@ -420,10 +420,15 @@ static void regions(void)
 	CHECK_EQUAL(counter("views"), 0);
 }
 
-/* Also when the module is loaded. */
+/* Also when the module is loaded: its own part of that. */
 static int call_load(void)
 {
 	return load_module(LOAD_VIEWS);
+}
+
+static int call_load_driver(void)
+{
+	return load_module("");
 }
 
 static void undo_load(void)
@@ -433,8 +438,10 @@ static void undo_load(void)
 
 void test_failing_load(void)
 {
-	if (can_inject())
-		CHECK(each_fails("finit_module", call_load, undo_load) > 0);
+	if (!can_inject())
+		return;
+	CHECK(each_fails_in_modules("finit_module", call_load, undo_load) > 0);
+	CHECK(each_fails_in_modules("finit_module with the PCI driver", call_load_driver, undo_load) > 0);
 }
 
 void test_failing_allocations(void)

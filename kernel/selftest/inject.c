@@ -12,6 +12,7 @@
 
 #define DEBUGFS		"/sys/kernel/debug/"
 #define LEAKS		DEBUGFS "kmemleak"
+#define EVERYWHERE	"0xffffffffffffffff"
 /* More allocations than any call makes. */
 #define MOST		2000
 
@@ -136,21 +137,38 @@ static void of_module(char start[24], char end[24])
 		fclose(modules);
 }
 
-void inject_in_module(int percent)
+/* Those of code from start to end, and of what it calls. */
+static void set_range(const char *start, const char *end, const char *percent)
 {
-	char start[24] = "0", end[24] = "0xffffffffffffffff", text[16];
-
-	if (percent)
-		of_module(start, end);
-	CHECK(!percent || start[1]);
-	snprintf(text, sizeof(text), "%d", percent);
 	for (int i = 0; i < 2; i++) {
 		/* Never any other's: first the chance goes, and it comes last. */
 		CHECK_EQUAL(set(kinds[i], "probability", "0"), 0);
 		CHECK_EQUAL(set(kinds[i], "require-start", start), 0);
 		CHECK_EQUAL(set(kinds[i], "require-end", end), 0);
-		CHECK_EQUAL(set(kinds[i], "probability", text), 0);
+		CHECK_EQUAL(set(kinds[i], "probability", percent), 0);
 	}
+}
+
+void inject_in_module(int percent)
+{
+	char start[24] = "0", end[24] = EVERYWHERE, text[16];
+
+	if (percent)
+		of_module(start, end);
+	CHECK(!percent || start[1]);
+	snprintf(text, sizeof(text), "%d", percent);
+	set_range(start, end, text);
+}
+
+int each_fails_in_modules(const char *name, int (*call)(void), void (*undo)(void))
+{
+	int count;
+
+	/* Where modules are in a kernel that is placed at random, which is below. */
+	set_range("0xffffffffc0000000", "0xffffffffff000000", "0");
+	count = each_fails(name, call, undo);
+	set_range("0", EVERYWHERE, "0");
+	return count;
 }
 
 void forget_leaks(void)

@@ -17,6 +17,9 @@ int injected(void);
  */
 int each_fails(const char *name, int (*call)(void), void (*undo)(void));
 
+/* The same with the allocations of modules alone, and of what they call. */
+int each_fails_in_modules(const char *name, int (*call)(void), void (*undo)(void));
+
 /* Allocations that the module makes in any thread fail by chance: so many of 100. 0: none any more. */
 void inject_in_module(int percent);
 

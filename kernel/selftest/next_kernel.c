@@ -17,12 +17,14 @@
 void load_next_kernel(int is_for_crash)
 {
 	int kernel = open("/kernel", O_RDONLY), initrd = open(is_for_crash ? "/third" : "/second", O_RDONLY), fd = open("/proc/cmdline", O_RDONLY);
+	/* Of 128 MiB the debug kernel needs 100 before it runs. */
+	const char *added = is_for_crash ? " after=crash nr_cpus=1" : " after=kexec crashkernel=192M";
 	char line[1024];
 	ssize_t count = read(fd, line, sizeof(line) - 64);
 
 	CHECK(kernel >= 0 && initrd >= 0 && count > 0);
 	line[count - 1] = 0;
-	strcat(line, is_for_crash ? " after=crash nr_cpus=1" : " after=kexec crashkernel=128M");
+	strcat(line, added);
 	CHECK_EQUAL(syscall(SYS_kexec_file_load, kernel, initrd, strlen(line) + 1, line,
 			    is_for_crash ? KEXEC_FILE_ON_CRASH : 0), 0);
 	close(fd);
