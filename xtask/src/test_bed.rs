@@ -220,6 +220,7 @@ pub(crate) fn selftest_in_debug_kernel(cache: &Cache, minutes: u32, seed: u32) -
     let module = module::make(cache, &debug.build_tree(), Variant::Selftest)?;
     drop(lock);
     let log = cache.fresh_log("selftest-debug")?;
+    ui::say(&format!("  where the selftest is: {}", log.display()));
     ui::step(&format!("kernel/selftest in a debug kernel, seed {seed}"), || {
         Tool::new(project::root().join("kernel/selftest/run.sh"), &log)
             .args(["--debug", "--minutes", &minutes.to_string(), "--seed", &seed.to_string()])
