@@ -428,7 +428,12 @@ static int call_load(void)
 
 static int call_load_driver(void)
 {
-	return load_module("");
+	int result = load_module("");
+
+	/* What the kernel says where it has no memory for the folder of a module's drivers. */
+	if (errno == EINVAL)
+		errno = ENOMEM;
+	return result;
 }
 
 static void undo_load(void)
