@@ -52,7 +52,7 @@ pub(crate) fn transport() -> Transport {
 /// `ENODEV` without a PCI bus.
 pub(crate) fn choose() -> Result {
     let offered = match knobs::method() {
-        Some(method) => Some((method, 0, None)),
+        Some(method) => Some((method, 0, knobs::gsi())),
         None => offered()?,
     };
     let Some((method, features, gsi)) = offered else {

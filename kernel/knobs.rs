@@ -41,6 +41,14 @@ pub(crate) fn method() -> Option<Method> {
     None
 }
 
+/// The interrupt of that host, if it has one.
+pub(crate) fn gsi() -> Option<u32> {
+    #[cfg(kvmmem_selftest)]
+    return Some(u32::from(*parameters::force_gsi.value_ref())).filter(|gsi| *gsi != 0);
+    #[cfg(not(kvmmem_selftest))]
+    None
+}
+
 pub(crate) fn has_windows() -> bool {
     #[cfg(kvmmem_selftest)]
     return parameters::force_window.value();

@@ -129,6 +129,10 @@ kvmmem! {
         default: 0,
         description: "Use this doorbell port without asking CPUID whether the host serves it",
     },
+    force_gsi: u8 {
+        default: 0,
+        description: "With force_port: the host raises this interrupt when views have changed",
+    },
     force_window: bool {
         default: false,
         description: "With force_port: the host opens views",

@@ -142,6 +142,7 @@ static void nothing_stale(void)
 	pthread_t threads[2];
 	int fd = attached(0, 0), stale = 0;
 
+	__atomic_store_n(&stopping, 0, __ATOMIC_RELAXED);
 	racing = mmap(NULL, 2 * MIB, PROT_READ, MAP_SHARED, fd, HUGE);
 	for (int i = 0; i < 2; i++)
 		CHECK_EQUAL(pthread_create(&threads[i], NULL, toucher, NULL), 0);

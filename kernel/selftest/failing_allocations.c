@@ -420,6 +420,32 @@ static void regions(void)
 	CHECK_EQUAL(counter("views"), 0);
 }
 
+/* A file's first view. Without memory for the interrupt's handler it is polled. */
+static int call_first_attach(void)
+{
+	if (call_open())
+		return -1;
+	if (!call_attach())
+		return 0;
+	close(fd);
+	return -1;
+}
+
+static void undo_first_attach(void)
+{
+	host_shows_usual(0, RW);
+	CHECK_EQUAL(polled(fd, LONG), POLLPRI);
+	close(fd);
+}
+
+void test_failing_interrupt(void)
+{
+	host_shows_usual(0, RW);
+	if (can_inject())
+		CHECK(each_fails("ATTACH with an interrupt", call_first_attach, undo_first_attach) > 0);
+	CHECK_EQUAL(counter("views"), 0);
+}
+
 /* Also when the module is loaded: its own part of that. */
 static int call_load(void)
 {

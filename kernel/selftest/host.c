@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -13,6 +14,7 @@
 #include "host.h"
 
 static char *reserved;
+static int raises;
 static sigjmp_buf back;
 
 void host_opens(void)
@@ -22,6 +24,11 @@ void host_opens(void)
 	reserved = mmap(NULL, RESERVED_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, RESERVED);
 	CHECK(reserved != MAP_FAILED);
 	close(fd);
+	host_fills();
+}
+
+void host_fills(void)
+{
 	for (unsigned long at = 0; at < WINDOW_SIZE; at += PAGE)
 		*(unsigned long *)window(at) = at;
 }
@@ -44,6 +51,15 @@ void host_begins(int number)
 void host_ends(int number)
 {
 	__atomic_add_fetch(&descriptor(number)->generation, 1, __ATOMIC_SEQ_CST);
+	if (raises) {
+		outb(1, TEST_IRQS + GSI);
+		outb(0, TEST_IRQS + GSI);
+	}
+}
+
+void host_raises(int it_does)
+{
+	raises = it_does;
 }
 
 void host_sets_state(int number, unsigned int state)

@@ -19,6 +19,10 @@
 /* No memory at all, but not RAM either. */
 #define NOWHERE		GIB
 #define LOAD_VIEWS	LOAD " force_window=1 test_descriptor=0x20000000"
+/* An interrupt that no device of the machine has, and the ports by which pc-testdev raises interrupts. */
+#define GSI		7
+#define LOAD_INTERRUPT	LOAD_VIEWS " force_gsi=7"
+#define TEST_IRQS	0x2000
 
 /* The ranges of the usual view: unaligned, aligned to 2 MiB, adjacent to that one. */
 #define LOW		0x1000UL
@@ -35,6 +39,9 @@
 /* Makes the reserved memory readable for this process. */
 void host_opens(void);
 
+/* Writes each page's number into the window, as at first: its offset. */
+void host_fills(void);
+
 /* A descriptor page as memory, and memory of the window. */
 struct kvmmem_descriptor *descriptor(int number);
 char *window(unsigned long offset);
@@ -47,6 +54,9 @@ void host_shows(int number, unsigned int rights, const struct kvmmem_window_rang
 void host_begins(int number);
 void host_ends(int number);
 void host_sets_state(int number, unsigned int state);
+
+/* Whether it raises the interrupt after each change. */
+void host_raises(int it_does);
 
 /* The first number of the target's page at this address, as the window has it. */
 unsigned long content(unsigned long gpa);
@@ -74,6 +84,8 @@ void test_failing_load(void);
 void test_memory(void);
 void test_positions(void);
 void test_events(void);
+void test_interrupt(void);
+void test_failing_interrupt(void);
 void test_malformed_descriptors(void);
 void test_sharing(const char *self);
 void test_regions(void);

@@ -176,8 +176,7 @@ void random_storm_of_windows(void)
 	storm->places[0].size = HUGE_SIZE;
 	storm->places[1].gpa = LOW;
 	storm->places[1].size = LOW_SIZE;
-	for (unsigned long at = 0; at < WINDOW_SIZE; at += PAGE)
-		*(unsigned long *)window(at) = at;
+	host_fills();
 	for (int i = 0; i < 3; i++)
 		host_shows_usual(i, RW);
 	rage("windows", host_of_windows);

@@ -211,6 +211,25 @@ static void leave_pages(void)
 	CHECK_EQUAL(map(fd, p + PAGE), 0);
 }
 
+static void with_interrupt(void)
+{
+	CHECK_EQUAL(load_module(LOAD_INTERRUPT), 0);
+	host_raises(1);
+	host_fills();
+	RUN(test_events);
+	RUN(test_interrupt);
+	RUN(test_failing_interrupt);
+	RUN(random_storm_of_windows);
+	RUN(test_nothing_left);
+	for (int i = 0; i < 20; i++) {
+		host_shows_usual(0, KVMMEM_RIGHT_READ);
+		test_view_unload();
+		CHECK_EQUAL(load_module(LOAD_INTERRUPT), 0);
+	}
+	CHECK_EQUAL(unload_module(), 0);
+	host_raises(0);
+}
+
 static void with_views(void)
 {
 	host_opens();
@@ -225,7 +244,6 @@ static void with_views(void)
 	RUN(test_sharing, "/init");
 	RUN(test_regions);
 	RUN(test_storm);
-	RUN(random_storm_of_windows);
 	RUN(test_nothing_left);
 	for (int i = 0; i < 20; i++) {
 		host_shows_usual(0, KVMMEM_RIGHT_READ);
@@ -233,6 +251,7 @@ static void with_views(void)
 		CHECK_EQUAL(load_module(LOAD_VIEWS), 0);
 	}
 	CHECK_EQUAL(unload_module(), 0);
+	with_interrupt();
 
 	CHECK_EQUAL(load_module(LOAD_VIEWS " regions=0"), 0);
 	RUN(test_no_regions);
