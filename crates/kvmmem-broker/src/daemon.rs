@@ -4,10 +4,11 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use kvmmem_proto::credentials::group_id;
+use kvmmem_proto::listener::ListenError;
 use kvmmem_sys::activation;
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
@@ -29,7 +30,7 @@ pub fn run_daemon(options: Options) -> ExitCode {
         Err(error) => {
             eprintln!("kvmmemd: {error:#}");
             match error.downcast_ref::<ServerError>() {
-                Some(ServerError::InUse(_)) => ExitCode::from(EXIT_IN_USE),
+                Some(ServerError::Listen(ListenError::InUse(_))) => ExitCode::from(EXIT_IN_USE),
                 _ => ExitCode::FAILURE,
             }
         }
@@ -77,7 +78,8 @@ fn listen(settings: &Settings) -> anyhow::Result<Server> {
     }
     // All other files are private to the user, the socket too unless a group is given.
     rustix::process::umask(Mode::from_raw_mode(0o077));
-    let group = settings.group.as_deref().map(group_id).transpose()?;
+    let group = settings.group.as_deref().map(group_id).transpose();
+    let group = group.context("cannot find the group of the socket")?;
     Ok(Server::bind(&settings.socket, group)?)
 }
 
@@ -111,19 +113,4 @@ fn raise_fd_limit() {
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
-}
-
-/// The number of a group, given by name or number.
-fn group_id(group: &str) -> anyhow::Result<u32> {
-    if let Ok(id) = group.parse() {
-        return Ok(id);
-    }
-    let path = Path::new("/etc/group");
-    let text = std::fs::read_to_string(path).context("cannot read /etc/group")?;
-    let find = |line: &str| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (name == group).then(|| fields.nth(1)?.parse().ok()).flatten()
-    };
-    text.lines().find_map(find).with_context(|| format!("there is no group {group:?}"))
 }

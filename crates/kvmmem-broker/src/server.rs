@@ -4,14 +4,12 @@
 mod activation;
 mod connections;
 mod error;
-mod socket;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +18,7 @@ use connections::{ConnectionSlot, Shared};
 pub use error::ServerError;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::limit::RateLimit;
+use kvmmem_proto::listener;
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::socket::peer_credentials;
@@ -77,17 +76,7 @@ impl Server {
     /// # Errors
     /// As [`Self::bind`].
     pub fn bind_with(path: &Path, group: Option<u32>, limits: Limits) -> Result<Self, ServerError> {
-        let lock = socket::lock(path)?;
-        let listen = |source: io::Error| ServerError::Listen { path: path.to_owned(), source };
-        match std::fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(ServerError::NotASocket(path.to_owned()));
-            }
-            Ok(_) => std::fs::remove_file(path).map_err(listen)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(listen(error)),
-        }
-        let listener = socket::listener(path, group).map_err(listen)?;
+        let (listener, lock) = listener::bind(path, group)?;
         let group = group.is_some();
         Ok(Self {
             path: path.to_owned(),
@@ -104,10 +93,10 @@ impl Server {
     ///
     /// # Errors
     /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path;
-    /// [`ServerError::InUse`], [`ServerError::Lock`].
+    /// [`ServerError::Listen`].
     pub(crate) fn from_activation(listener: OwnedFd) -> Result<Self, ServerError> {
         let (path, mode) = activation::inspect(&listener).map_err(ServerError::Adopt)?;
-        let lock = socket::lock(&path)?;
+        let lock = listener::lock(&path)?;
         let group = mode & OTHERS != 0;
         Ok(Self {
             path,

@@ -19,6 +19,7 @@ pub mod credentials;
 pub mod endpoint;
 pub mod guest;
 pub mod limit;
+pub mod listener;
 pub mod map;
 pub mod message;
 pub mod name;
