@@ -41,6 +41,7 @@ mod physical;
 mod policy;
 mod process;
 mod progress;
+mod proxy;
 mod ps;
 mod qemu_args;
 mod range;
@@ -116,6 +117,8 @@ enum Verb {
     Target(target::Target),
     /// List introspectors; add running virtual machines under a stock QEMU, or remove them.
     Introspector(introspector::Introspector),
+    /// In an introspector without the module: attach views for tools that are not root.
+    Proxy(proxy::Arguments),
     /// Print what a stock QEMU, or libvirt, needs to run an introspector.
     QemuArgs(qemu_args::Arguments),
     /// Connect targets to tools that listen for them over KVMI.
@@ -215,6 +218,7 @@ pub fn main() -> ExitCode {
         Verb::Host(arguments) => arguments.run(&mut output),
         Verb::Target(arguments) => arguments.run(&mut output),
         Verb::Introspector(arguments) => arguments.run(&mut output),
+        Verb::Proxy(arguments) => arguments.run(&mut output),
         Verb::QemuArgs(arguments) => arguments.run(&mut output),
         Verb::Hook(arguments) => arguments.run(&mut output),
         Verb::Doctor(arguments) => arguments.run(&mut output),

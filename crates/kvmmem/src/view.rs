@@ -13,6 +13,7 @@
 //! | in a virtual machine of `kvmmem vm` | the device alone: its driver passes the token on by hypercall |
 //! | in one under a stock QEMU | the host's *guest endpoint* first, which is at vsock context id 2, port 27510 (or `$KVMMEM_GUEST_PORT`): the host plugs the view's memory in as PCI devices; then the device, whose driver has found them |
 //! | in one under a stock QEMU, without the driver | the guest endpoint as well; then this process maps the PCI devices by `/sys`, as root (see below) |
+//! | there, where `kvmmem proxy` runs | the proxy's socket, which is where a broker's is on a host: the proxy maps the devices, and copies |
 //! | on the host | the broker's socket |
 //!
 //! The driver reports which of the first two applies (`FEATURE_DEVICES` of `kvmmem-abi`). The
@@ -26,12 +27,11 @@
 //! Any kernel from 5.10 on will do, if the operator trusts the virtual machine as a whole
 //! (`kvmmem introspector add --trusted`) and it is not locked down. Differences:
 //!
-//! - The tool must be root.
+//! - The tool must be root, or use `kvmmem proxy`, where memory can be read, and not mapped.
 //! - Each access through [`View`] and [`Mapping`] is proven: it succeeds only if the bytes are the
 //!   view's. Only an access of your own at [`Mapping::address`] is not.
-//! - The host asks this process to release the memory, and waits for it for a second. Where it is
-//!   killed, or does not answer, the PCI port stays unused until the machine is reset. So end a
-//!   view by dropping it.
+//! - The host asks this process to release the memory, and waits for it for a second. If it is
+//!   stopped and does neither answer nor exit, the PCI port stays unused until the machine is reset.
 //! - [`View::data_from`] knows the ranges only, and [`View::stats`] returns `None`.
 //!
 //! # Signals

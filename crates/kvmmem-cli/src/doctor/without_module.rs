@@ -3,6 +3,9 @@
 
 use std::fs;
 
+use kvmmem::view::default_socket;
+use kvmmem_proto::client::connect;
+
 use super::check::Check;
 
 /// What the kernel lets processes do, `none` in brackets if everything.
@@ -10,7 +13,8 @@ const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 
 pub(super) fn checks(is_root: bool) -> [Check; 2] {
     let lockdown = fs::read_to_string(LOCKDOWN).unwrap_or_default();
-    [check_module(), check_views(is_root, &lockdown)]
+    let has_proxy = !is_root && connect(&default_socket()).is_ok();
+    [check_module(), check_views(is_root, has_proxy, &lockdown)]
 }
 
 /// What is lacking without it.
@@ -23,7 +27,7 @@ fn check_module() -> Check {
     )
 }
 
-fn check_views(is_root: bool, lockdown: &str) -> Check {
+fn check_views(is_root: bool, has_proxy: bool, lockdown: &str) -> Check {
     const NAME: &str = "views";
     let is_locked = lockdown.contains('[') && !lockdown.contains("[none]");
     if is_locked {
@@ -33,11 +37,14 @@ fn check_views(is_root: bool, lockdown: &str) -> Check {
             "load the module kvmmem, or boot without lockdown= and Secure Boot",
         );
     }
+    if has_proxy {
+        return Check::ok(NAME, "can be attached by kvmmem proxy: memory is read, and not mapped");
+    }
     if !is_root {
         return Check::fail(
             NAME,
             "without the module, only root can attach views",
-            "run tools as root, or load the module",
+            "run tools as root, or kvmmem proxy as root with a group that this user is in, or load the module",
         );
     }
     Check::ok(NAME, "can be attached without the module, by PCI devices in /sys")
@@ -50,13 +57,16 @@ mod tests {
 
     #[test]
     fn root_can_attach_where_the_kernel_is_not_locked_down() {
-        for (is_root, lockdown, status) in [
-            (true, "[none] integrity confidentiality\n", Status::Ok),
-            (true, "", Status::Ok),
-            (true, "none [integrity] confidentiality\n", Status::Fail),
-            (false, "", Status::Fail),
+        for (is_root, has_proxy, lockdown, status) in [
+            (true, false, "[none] integrity confidentiality\n", Status::Ok),
+            (true, false, "", Status::Ok),
+            (true, false, "none [integrity] confidentiality\n", Status::Fail),
+            (false, false, "", Status::Fail),
+            (false, true, "", Status::Ok),
+            (false, true, "none [integrity] confidentiality\n", Status::Fail),
         ] {
-            assert_eq!(check_views(is_root, lockdown).status, status, "{is_root} {lockdown}");
+            let check = check_views(is_root, has_proxy, lockdown);
+            assert_eq!(check.status, status, "{is_root} {has_proxy} {lockdown}");
         }
         assert_eq!(check_module().status, Status::Warn);
     }

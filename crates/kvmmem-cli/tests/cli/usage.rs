@@ -12,6 +12,7 @@ fn help_names_the_verbs_and_the_exit_codes() {
         "host",
         "target",
         "introspector",
+        "proxy",
         "qemu-args",
         "hook",
         "doctor",

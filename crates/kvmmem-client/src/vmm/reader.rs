@@ -205,6 +205,7 @@ fn take(
         FromBroker::Refused { id, refusal, .. } => {
             return Ok(answered(state, id, Err(refusal.into())));
         }
+        FromBroker::Working => {}
     }
     Ok(None)
 }

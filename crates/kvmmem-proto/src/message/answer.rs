@@ -86,6 +86,8 @@ pub enum FromBroker {
         /// Number of the target.
         target: u64,
     },
+    /// Push: the request is being carried out, and takes longer than a client waits for an answer.
+    Working,
 }
 
 /// The outcome of a request that succeeded.

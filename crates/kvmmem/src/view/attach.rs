@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_memory::Range;
+use kvmmem_proto::message::Caller;
 
 use super::device::DeviceView;
 use super::error::ViewError;
@@ -90,7 +91,29 @@ impl View {
     /// # Errors
     /// [`ViewError`], with what to do about it.
     pub fn attach_without_module(token: &Token, access: Access) -> Result<Self, ViewError> {
-        Ok(Self { backend: SysfsView::attach(token, access)? })
+        Self::attach_without_module_for(token, access, Caller::this_process())
+    }
+
+    /// As [`View::attach_without_module`], for another process, which the host's audit log names.
+    ///
+    /// ```no_run
+    /// use kvmmem::{Access, View};
+    /// use kvmmem_proto::message::Caller;
+    ///
+    /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
+    /// let caller = Caller { pid: 411, uid: 1000, comm: "scan".into() };
+    /// let view = View::attach_without_module_for(&token, Access::ReadOnly, caller)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`View::attach_without_module`].
+    pub fn attach_without_module_for(
+        token: &Token,
+        access: Access,
+        caller: Caller,
+    ) -> Result<Self, ViewError> {
+        Ok(Self { backend: SysfsView::attach(token, access, caller)? })
     }
 
     /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's guest

@@ -28,6 +28,7 @@ use super::status::{Access, Event, State, Status};
 use crate::explain;
 use kvmmem_memory::range::{Range, first_hole, next_range};
 use kvmmem_proto::guest::MappedBy;
+use kvmmem_proto::message::Caller;
 
 /// The longest that [`DeviceView::wait`] sleeps at once: `status`, called by another thread, takes
 /// the event away for which `poll` would wake this one.
@@ -74,8 +75,8 @@ impl DeviceView {
         let guest = match info.features & FEATURE_DEVICES {
             0 => None,
             _ => {
-                let guest =
-                    GuestConnection::open(token, access == Access::ReadOnly, MappedBy::Module);
+                let (read_only, caller) = (access == Access::ReadOnly, Caller::this_process());
+                let guest = GuestConnection::open(token, read_only, MappedBy::Module, caller);
                 Some(guest.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?)
             }
         };

@@ -94,17 +94,18 @@ pub(super) struct GuestConnection {
 }
 
 impl GuestConnection {
-    /// Asks the host to open the view that `token` allows; this uses the token. The devices are
-    /// plugged in when this returns.
+    /// Asks the host to open the view that `token` allows, for `caller`; this uses the token. The
+    /// devices are plugged in when this returns.
     pub(super) fn open(
         token: &Token,
         read_only: bool,
         mapped_by: MappedBy,
+        caller: Caller,
     ) -> Result<Self, GuestEndpointError> {
         let port = port()?;
         let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port);
         let stream = stream.map_err(|source| GuestEndpointError::Connect { port, source })?;
-        let ticket = ask(stream.as_fd(), port, token, read_only, mapped_by)?;
+        let ticket = ask(stream.as_fd(), port, token, read_only, mapped_by, caller)?;
         Ok(Self { stream: stream.into(), ticket })
     }
 
@@ -193,14 +194,10 @@ fn ask(
     token: &Token,
     read_only: bool,
     mapped_by: MappedBy,
+    caller: Caller,
 ) -> Result<Token, GuestEndpointError> {
     let mut timed = TimedSocket::new(socket, Instant::now() + LIMIT);
-    let question = FromTool::Open {
-        token: token.clone(),
-        read_only,
-        caller: Caller::this_process(),
-        mapped_by,
-    };
+    let question = FromTool::Open { token: token.clone(), read_only, caller, mapped_by };
     // Who is refused at once may be so before this is sent; the answer tells.
     let sent = guest::write(&mut timed, &question);
     let no_answer = |source| GuestEndpointError::Answer { port, source };
@@ -254,7 +251,7 @@ mod tests {
             assert_eq!(guest::read::<FromTool>(stream).unwrap(), None);
         });
         assert_eq!(
-            ask(ours.as_fd(), 1, &token(), true, MappedBy::Module).unwrap(),
+            ask(ours.as_fd(), 1, &token(), true, MappedBy::Module, Caller::this_process()).unwrap(),
             Token::new([9; 4])
         );
         assert!(!is_shut(ours.as_fd()));
@@ -272,7 +269,8 @@ mod tests {
             )
             .unwrap();
         });
-        let error = ask(ours.as_fd(), 1, &token(), false, MappedBy::Module).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), false, MappedBy::Module, Caller::this_process())
+            .unwrap_err();
         assert!(
             matches!(error, GuestEndpointError::Refused { refusal: Refusal::Denied, .. }),
             "{error:?}"
@@ -285,7 +283,9 @@ mod tests {
     fn no_answer_and_a_wrong_one_are_errors() {
         for bytes in [&b""[..], b"\x02\0\0\0{}", b"\xff\xff\xff\xff", b"\x16\0\0\0{"] {
             let (ours, thread) = host(|stream, _| stream.write_all(bytes).unwrap());
-            let error = ask(ours.as_fd(), 27510, &token(), true, MappedBy::Module).unwrap_err();
+            let error =
+                ask(ours.as_fd(), 27510, &token(), true, MappedBy::Module, Caller::this_process())
+                    .unwrap_err();
             assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
             assert!(error.to_string().contains("27510"), "{error}");
             thread.join().unwrap();
@@ -293,7 +293,8 @@ mod tests {
         // One that has closed before the question.
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let error = ask(ours.as_fd(), 1, &token(), true, MappedBy::Module).unwrap_err();
+        let error = ask(ours.as_fd(), 1, &token(), true, MappedBy::Module, Caller::this_process())
+            .unwrap_err();
         assert!(matches!(error, GuestEndpointError::Answer { .. }), "{error:?}");
     }
 

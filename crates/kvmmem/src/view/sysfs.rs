@@ -31,6 +31,7 @@ use std::time::Duration;
 use kvmmem_kvmi::token::Token;
 use kvmmem_memory::range::{Range, first_hole, next_range};
 use kvmmem_proto::guest::MappedBy;
+use kvmmem_proto::message::Caller;
 use kvmmem_sys::foreign::Foreign;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use sha2::{Digest as _, Sha256};
@@ -71,9 +72,13 @@ pub(super) fn is_possible() -> bool {
 }
 
 impl SysfsView {
-    pub(super) fn attach(token: &Token, access: Access) -> Result<Arc<Self>, ViewError> {
-        let connection =
-            GuestConnection::open(token, access == Access::ReadOnly, MappedBy::Library);
+    pub(super) fn attach(
+        token: &Token,
+        access: Access,
+        caller: Caller,
+    ) -> Result<Arc<Self>, ViewError> {
+        let read_only = access == Access::ReadOnly;
+        let connection = GuestConnection::open(token, read_only, MappedBy::Library, caller);
         let connection = connection.map_err(|source| ViewError::GuestEndpoint(Box::new(source)))?;
         let bus = Bus { folder: DEVICES.as_ref(), is_alive: bar::is_alive, limit: LIMIT };
         Self::open(&bus, connection, access).map_err(|source| ViewError::Sysfs(Box::new(source)))

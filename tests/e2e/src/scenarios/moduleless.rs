@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use kvmmem_client::admin::NewGrant;
-use kvmmem_guest::{Child, Command, Output};
+use kvmmem_guest::{Child, Command, KVMMEM_GID, Output};
 use kvmmem_probe::{MARKER_LEN, Ready, Step, hex, page_marker};
 use kvmmem_proto::scope::Span;
 use serde_json::{Value, json};
@@ -18,8 +18,9 @@ use crate::vm;
 use crate::wait::{self, PATIENCE};
 use crate::world::{CLI, PROBE, World};
 
-/// SIGKILL, SIGCONT and SIGSTOP.
+/// SIGKILL, SIGTERM, SIGCONT and SIGSTOP.
 const KILL: i32 = 9;
+const TERM: i32 = 15;
 const CONT: i32 = 18;
 const STOP: i32 = 19;
 
@@ -66,6 +67,7 @@ fn run(world: &mut World, report: &mut Report, spec: &Spec) -> Result<()> {
     look(world, report, spec, &target)?;
     revoked_while_read(world, report, spec, &target)?;
     stopped(world, report, spec, &target)?;
+    unprivileged(world, report, spec, &target)?;
     locked_down(world, report, spec, &target)?;
     report.check("the target is as it was", target.is_whole(world)?, "");
     world.end_qemu(spec);
@@ -158,9 +160,19 @@ impl PageGrants {
     /// Starts a tool that reads one of the pages until it has lost its view; it reads when this
     /// returns. With its process id.
     fn hold(&self, world: &World, spec: &Spec, index: usize) -> Result<(Child, u32)> {
+        self.hold_as(world, spec, index, |command| command)
+    }
+
+    fn hold_as(
+        &self,
+        world: &World,
+        spec: &Spec,
+        index: usize,
+        user: fn(Command) -> Command,
+    ) -> Result<(Child, u32)> {
         let (grant, gpa, bytes) = self.pages.get(index).context("no such page")?;
         let command = probe(grant, "hold").args(["--gpa", &gpa.to_string(), "--bytes", bytes]);
-        let mut child = world.qemu(spec)?.agent.spawn(&command)?;
+        let mut child = world.qemu(spec)?.agent.spawn(&user(command))?;
         while let Some(line) = child.read_line(PATIENCE)? {
             if let Ok(Ready { ready }) = serde_json::from_str(&line) {
                 return Ok((child, ready));
@@ -259,6 +271,71 @@ fn revoked_while_read(
         report.check("its devices are gone", is_empty(world, spec)?, "");
         reset_if_retired(world, spec)?;
     }
+    Ok(())
+}
+
+/// Tools that are not root attach by the proxy, which is; their ends cost no port.
+fn unprivileged(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    target: &LookedAt,
+) -> Result<()> {
+    let read = |world: &World, user: fn(Command) -> Command| -> Result<Output> {
+        let grant = target.grant(world, 1, None)?;
+        let token = grant.token.to_hex();
+        let command =
+            Command::new(CLI).args(["read", &format!("{:#x}", target.gpa), "32", "--json"]);
+        let command = user(command.env("KVMMEM_TOKEN", token.as_str()));
+        Ok(world.qemu(spec)?.agent.run(&command, PATIENCE)?)
+    };
+    let output = read(world, Command::as_member)?;
+    let text = output.error_text();
+    report.check(
+        "a tool that is not root is told of the proxy",
+        !output.status.success() && text.contains("kvmmem proxy"),
+        text.trim(),
+    );
+    report.check("and nothing stays plugged in", world.settles(0)? && is_empty(world, spec)?, "");
+
+    let group = KVMMEM_GID.to_string();
+    let command = Command::new(CLI).args(["proxy", "--group", &group]);
+    let mut proxy = world.qemu(spec)?.agent.spawn(&command)?;
+    let line = proxy.read_line(PATIENCE)?.context("the proxy has said nothing")?;
+    ensure!(line.contains("listening"), "the proxy says {line}");
+    let output = read(world, Command::as_member)?;
+    let right = output.text().contains(&target.hex);
+    report.check("with it the tool reads the marker", right, output.error_text());
+    let output = read(world, Command::as_other_user)?;
+    let text = output.error_text();
+    report.check(
+        "a user who is not in the group is refused",
+        !output.status.success() && text.contains("denied"),
+        text.trim(),
+    );
+    let page = PageGrants::new(world, target)?;
+    for (index, end) in [KILL, TERM].into_iter().enumerate() {
+        let (mut tool, _) = page.hold_as(world, spec, index, Command::as_member)?;
+        if end == KILL {
+            tool.kill(KILL)?;
+            tool.wait(PATIENCE)?;
+        } else {
+            let (grant, ..) = page.pages.get(index).context("no such page")?;
+            let revoked = world.revoke(grant.grant)?;
+            report.check("its grant is revoked", revoked.unconfirmed == 0, format!("{revoked:?}"));
+            report_end(report, "revoked while it reads", &mut tool)?;
+        }
+        let is_gone = world.settles(0)? && is_empty(world, spec)?;
+        report.check("the view of a tool that is not root is gone", is_gone, "");
+        report.equal("and costs no port", &slots(world, spec)?, &free(VIEWS));
+    }
+    let (mut tool, _) = page.hold_as(world, spec, 0, Command::as_member)?;
+    proxy.kill(TERM)?;
+    let ended = proxy.wait(PATIENCE)?;
+    report.check("the proxy ends by SIGTERM", ended.success(), ended.to_string());
+    report_end(report, "the proxy has ended", &mut tool)?;
+    report.check("and its view", world.settles(0)? && is_empty(world, spec)?, "");
+    report.equal("and costs no port", &slots(world, spec)?, &free(VIEWS));
     Ok(())
 }
 

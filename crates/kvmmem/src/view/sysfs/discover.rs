@@ -43,7 +43,7 @@ pub enum SysfsError {
     LockedDown,
     /// Only root may.
     #[error(
-        "without the module kvmmem, only root can map PCI devices: run this as root, or load the module"
+        "without the module kvmmem, only root can map PCI devices: run this as root, run kvmmem proxy as root beside it, or load the module"
     )]
     NotRoot,
     /// A window has no address.

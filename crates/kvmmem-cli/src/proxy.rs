@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `kvmmem proxy`: in an introspector without the module, attaches views for tools that are not
+//! root.
+//!
+//! Only root can map the devices of views, and each process that has mapped one may keep it past
+//! the view's end. So the proxy alone maps them, and copies for the tools. It speaks what a broker
+//! speaks to processes of the host whose target has private RAM ([`kvmmem_proto::copy`]), at the
+//! same socket: tools need nothing else. Who may connect is the socket's group; what a token opens
+//! is decided by the host's broker.
+
+mod channel;
+#[cfg(test)]
+mod tests;
+mod tool;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use kvmmem::View;
+use kvmmem::view::default_socket;
+use kvmmem_proto::credentials::{Credentials, group_id};
+use kvmmem_proto::listener;
+use kvmmem_proto::message::{FromBroker, Refusal};
+use kvmmem_proto::packet::{PacketSocket, Wait};
+use kvmmem_sys::socket::peer_credentials;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use serde::Serialize;
+
+use self::tool::Attach;
+use crate::interrupt::Interrupt;
+use crate::output::Output;
+
+/// The most tools at a time, and those of one user.
+const MAX_TOOLS: usize = 64;
+const MAX_OF_USER: usize = 32;
+
+/// How long a packet to a tool that does not read is waited for.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long to wait when the system has no file descriptors or memory left.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Arguments {
+    /// Where to listen [default: where tools look, $KVMMEM_BROKER or /run/kvmmem/kvmmemd.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Name or number of the group whose members may attach views [default: root alone]
+    #[arg(long)]
+    group: Option<String>,
+}
+
+const AFTER_HELP: &str = "\
+SIGINT and SIGTERM end it, and with it the views of its tools.";
+
+#[derive(Serialize)]
+struct ListeningLine<'a> {
+    listening: &'a Path,
+}
+
+impl Arguments {
+    pub(crate) fn run(self, output: &mut Output) -> Result<ExitCode> {
+        if kvmmem::device::default_path().exists() {
+            bail!("the module kvmmem is loaded: tools attach views by it and need no proxy");
+        }
+        if !rustix::process::geteuid().is_root() {
+            bail!("only root can map the devices of views: run kvmmem proxy as root");
+        }
+        let path = self.socket.unwrap_or_else(default_socket);
+        let group = self.group.as_deref().map(group_id).transpose();
+        let group = group.context("cannot find the group")?;
+        let interrupt = Interrupt::catch()?;
+        if let Some(folder) = path.parent() {
+            let context = || format!("cannot make {}", folder.display());
+            std::fs::create_dir_all(folder).with_context(context)?;
+        }
+        let (listener, _lock) = listener::bind(&path, group)?;
+        match output.is_json() {
+            true => output.object(&ListeningLine { listening: &path })?,
+            false => output.line(format!("listening at {}", path.display()))?,
+        }
+        let attach: Arc<Attach> = Arc::new(View::attach_without_module_for);
+        let mut tools = Tools { admits_all: group.is_some(), attach, running: Vec::new() };
+        let served = accept(&listener, &interrupt, &mut tools);
+        let _ = std::fs::remove_file(&path);
+        tools.end();
+        served.context("cannot wait for tools")?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Serves tools until a signal comes.
+fn accept(listener: &OwnedFd, interrupt: &Interrupt, tools: &mut Tools) -> io::Result<()> {
+    while !interrupt.has_come() {
+        let mut files =
+            [PollFd::new(interrupt, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+        match poll(&mut files, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        match accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(fd) => {
+                if let Err(error) = tools.admit(fd) {
+                    tracing::warn!(%error, "cannot serve a tool");
+                }
+            }
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                tracing::warn!("no file descriptor or memory is left for a tool");
+                interrupt.wait(EXHAUSTED_PAUSE)?;
+            }
+            // It was gone before it was accepted.
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// The tools that are connected.
+struct Tools {
+    /// Whether the socket's mode says who may connect; otherwise only root may.
+    admits_all: bool,
+    attach: Arc<Attach>,
+    running: Vec<Running>,
+}
+
+struct Running {
+    uid: u32,
+    socket: Arc<PacketSocket>,
+    thread: JoinHandle<()>,
+}
+
+impl Tools {
+    /// Starts a thread for a tool, or refuses it.
+    fn admit(&mut self, fd: OwnedFd) -> io::Result<()> {
+        let peer = peer_credentials(&fd)?;
+        let credentials = Credentials { pid: peer.pid.unwrap_or(0), uid: peer.uid };
+        let socket = Arc::new(PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?);
+        self.running.retain(|tool| !tool.thread.is_finished());
+        if let Some((refusal, message)) = self.refusal(credentials) {
+            // A tool that does not read it does without.
+            let _ = socket.send(&FromBroker::Refused { id: 0, refusal, message }, &[], Wait::No);
+            return Ok(());
+        }
+        let thread = std::thread::Builder::new().name("tool".into()).spawn({
+            let (socket, attach) = (Arc::clone(&socket), Arc::clone(&self.attach));
+            move || {
+                tool::serve(&socket, credentials, &*attach);
+                // The list holds it until the next tool comes.
+                socket.shut_down();
+            }
+        })?;
+        self.running.push(Running { uid: peer.uid, socket, thread });
+        Ok(())
+    }
+
+    fn refusal(&self, who: Credentials) -> Option<(Refusal, String)> {
+        let Credentials { uid, .. } = who;
+        let of_user = self.running.iter().filter(|tool| tool.uid == uid).count();
+        if !who.is_administrator() && !self.admits_all {
+            return Some((Refusal::Denied, format!("user {uid} may not")));
+        }
+        let is_full = self.running.len() >= MAX_TOOLS || of_user >= MAX_OF_USER;
+        is_full.then(|| (Refusal::Limit, "too many tools have views here: close some".to_owned()))
+    }
+
+    /// Ends all connections, and waits until their views have ended.
+    fn end(&mut self) {
+        for tool in &self.running {
+            tool.socket.shut_down();
+        }
+        for tool in self.running.drain(..) {
+            // A thread that panicked has dropped its view.
+            let _ = tool.thread.join();
+        }
+    }
+}

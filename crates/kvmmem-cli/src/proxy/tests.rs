@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A proxy whose views are those of a broker in this process: tools use it as they use a broker.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use kvmmem::{Access, Event, State, VectoredError, ViewError};
+use kvmmem_broker::Server;
+use kvmmem_client::admin::{Admin, GrantRequest, NewGrant};
+use kvmmem_client::vmm::{Region, VmIdentity, VmmLink};
+use kvmmem_proto::client::{self, ClientError};
+use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
+use kvmmem_proto::message::{Answer, Call, Caller, Request};
+use kvmmem_proto::packet::PacketBuffer;
+use kvmmem_proto::scope::Rights;
+use kvmmem_sys::ram::GuestRam;
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{fallocate, fcntl_add_seals, memfd_create};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use uuid::Uuid;
+
+use super::*;
+
+/// Longer than any machine needs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const LOW: u64 = 0x4000;
+const HIGH: u64 = 0x10_0000;
+
+struct TestProxy {
+    directory: tempfile::TempDir,
+    ram: GuestRam,
+    vm: Option<VmmLink>,
+    listener: OwnedFd,
+    tools: Tools,
+    _stop: UnixStream,
+}
+
+impl TestProxy {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let broker = directory.path().join("broker.sock");
+        let server = Server::bind(&broker, None).unwrap();
+        let (stop, other) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || server.run(other.as_fd()));
+        let ram = GuestRam::new(2 * LOW).unwrap();
+        let regions = vec![
+            Region { gpa: 0, len: LOW, offset: 0, file: 0 },
+            Region { gpa: HIGH, len: LOW, offset: LOW, file: 0 },
+        ];
+        let vm = VmIdentity::target("victim", Uuid::from_u128(7));
+        let file = ram.fd().try_clone_to_owned().unwrap();
+        let vm = Some(VmmLink::connect(&broker, vm.registered(regions), Some(file)).unwrap());
+        let (listener, _) = listener::bind(&directory.path().join("proxy.sock"), None).unwrap();
+        let attach: Arc<Attach> = Arc::new(move |token, access, caller| {
+            assert_eq!(caller.pid, std::process::id());
+            View::attach_host(&broker, token, access)
+        });
+        let tools = Tools { admits_all: false, attach, running: Vec::new() };
+        Self { directory, ram, vm, listener, tools, _stop: stop }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn admin(&self) -> Admin {
+        Admin::connect(&self.path("broker.sock")).unwrap()
+    }
+
+    fn grant(&self, rights: Rights) -> NewGrant {
+        let (target, ttl_ms, uses) = ("victim".to_owned(), 60_000, 4);
+        let (spans, holder, label) = (None, None, None);
+        let request = GrantRequest { target, spans, rights, ttl_ms, uses, holder, label };
+        self.admin().grant(&request).unwrap()
+    }
+
+    /// What a process does that connects once.
+    fn serve<T: Send>(&mut self, act: impl FnOnce(&Path) -> T + Send) -> T {
+        let path = self.path("proxy.sock");
+        std::thread::scope(|scope| {
+            let acting = scope.spawn(move || act(&path));
+            poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], None).unwrap();
+            self.tools.admit(accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap()).unwrap();
+            acting.join().unwrap()
+        })
+    }
+
+    fn attach(&mut self, grant: &NewGrant) -> Result<View, ViewError> {
+        self.serve(|path| View::attach_host(path, &grant.token, Access::Granted))
+    }
+
+    fn put(&self, offset: u64, bytes: &[u8]) {
+        rustix::io::pwrite(self.ram.fd(), bytes, offset).unwrap();
+    }
+}
+
+#[test]
+fn a_tool_reads_and_writes_by_copies() {
+    let mut proxy = TestProxy::start();
+    proxy.put(LOW - 4, b"low!high");
+    let grant = proxy.grant(Rights::ReadWrite);
+    let view = proxy.attach(&grant).unwrap();
+    let status = view.status().unwrap();
+    assert_eq!((status.state, status.is_writable), (State::Open, true));
+    assert_eq!(status.uuid, *Uuid::from_u128(7).as_bytes());
+    let [low, high] = [(0, LOW), (HIGH, LOW)].map(|(gpa, len)| kvmmem::Range { gpa, len });
+    assert_eq!(status.ranges, [low, high]);
+    let (mut ends, mut begins) = ([0; 4], [0; 4]);
+    view.read_vectored(&mut [(LOW - 4, &mut ends), (HIGH, &mut begins)]).unwrap();
+    assert_eq!((&ends, &begins), (b"low!", b"high"));
+    let mut all = vec![0; usize::try_from(LOW).unwrap()];
+    view.read_at(0, &mut all).unwrap();
+    assert!(all.ends_with(b"low!"));
+    let hole = view.read_at(LOW - 4, &mut [0; 8]).unwrap_err();
+    assert!(matches!(hole, ViewError::Hole { gpa: LOW, .. }), "{hole}");
+    let failed = view.read_vectored(&mut [(0, &mut [0; 8]), (LOW - 2, &mut [0; 8])]).unwrap_err();
+    assert!(matches!(failed, VectoredError { piece: 1, source: ViewError::Hole { .. } }));
+    view.write_at(HIGH + 1, b"ole").unwrap();
+    let mut written = [0; 4];
+    rustix::io::pread(proxy.ram.fd(), &mut written, LOW).unwrap();
+    assert_eq!(&written, b"hole");
+    assert!(matches!(view.map(low), Err(ViewError::Private { .. })));
+    view.detach().unwrap();
+    wait_for_views(&proxy, 0);
+}
+
+#[test]
+fn a_tool_learns_why_its_view_has_ended() {
+    let mut proxy = TestProxy::start();
+    let grant = proxy.grant(Rights::ReadOnly);
+    let view = proxy.attach(&grant).unwrap();
+    assert!(matches!(view.write_at(0, b"x"), Err(ViewError::ReadOnly { .. })));
+    let revoked = proxy.admin().revoke(grant.grant).unwrap();
+    assert_eq!((revoked.views, revoked.unconfirmed), (1, 0), "{revoked:?}");
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Revoked));
+    assert!(matches!(view.read_at(0, &mut [0]), Err(ViewError::Revoked { .. })));
+    let error = proxy.attach(&grant).unwrap_err();
+    assert!(matches!(&error, ViewError::AttachHost { .. }), "{error}");
+
+    let grant = proxy.grant(Rights::ReadOnly);
+    let view = proxy.attach(&grant).unwrap();
+    drop(proxy.vm.take());
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
+    assert!(matches!(view.read_at(0, &mut [0]), Err(ViewError::Gone { .. })));
+
+    // The proxy ends.
+    let mut proxy = TestProxy::start();
+    let grant = proxy.grant(Rights::ReadOnly);
+    let view = proxy.attach(&grant).unwrap();
+    proxy.tools.end();
+    wait_for_views(&proxy, 0);
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
+}
+
+#[test]
+fn an_operator_is_sent_to_the_broker_of_the_host() {
+    let mut proxy = TestProxy::start();
+    let refused = proxy.serve(|path| Admin::connect(path).unwrap().targets().unwrap_err());
+    let ClientError::Refused { refusal: Refusal::Denied, message } = refused else {
+        panic!("{refused}")
+    };
+    assert!(message.contains("kvmmem proxy"), "{message}");
+}
+
+#[test]
+fn a_tool_that_breaks_the_protocol_ends_alone() {
+    let mut proxy = TestProxy::start();
+    let token = proxy.grant(Rights::ReadOnly).token;
+    let socket = proxy.serve(|path| client::connect(path).unwrap());
+    let mut buffer = PacketBuffer::default();
+    let mut ask = |call, files: &[BorrowedFd<'_>]| {
+        let asked = client::ask(&socket, &mut buffer, &Request { id: 1, call }, files, |_| {});
+        asked.map_err(|error| match error {
+            ClientError::Refused { refusal, .. } => refusal,
+            error => panic!("{error}"),
+        })
+    };
+    let attach = || {
+        let (token, caller) = (token.clone(), Caller::this_process());
+        Call::Attach { token, caller, read_only: true, reaching: Vec::new() }
+    };
+    let open = |view| Call::OpenCopies { view };
+    assert_eq!(ask(open(1), &[]).unwrap_err(), Refusal::Denied);
+    let (attached, _) = ask(attach(), &[]).unwrap();
+    assert!(matches!(attached, Answer::HostAttached { view: 1, copied: true, .. }));
+    for (call, refusal) in
+        [(attach(), Refusal::Denied), (open(2), Refusal::Denied), (open(1), Refusal::Invalid)]
+    {
+        assert_eq!(ask(call, &[]).unwrap_err(), refusal);
+    }
+    let (null, pipe) = (File::open("/dev/null").unwrap(), rustix::pipe::pipe().unwrap().1);
+    let unsealed = memfd_create("unsealed", MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&unsealed, BUFFER as u64).unwrap();
+    for file in [null.as_fd(), pipe.as_fd(), unsealed.as_fd()] {
+        assert_eq!(ask(open(1), &[file]).unwrap_err(), Refusal::Invalid);
+    }
+    let mut channels = Vec::new();
+    let refusal = loop {
+        let file = memfd_create("sealed", MemfdFlags::ALLOW_SEALING).unwrap();
+        fallocate(&file, FallocateFlags::empty(), 0, BUFFER as u64).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        match ask(open(1), &[file.as_fd()]) {
+            Ok((_, mut files)) => channels.push((files.pop().unwrap(), file)),
+            Err(refusal) => break refusal,
+        }
+        assert!(channels.len() < 100);
+    };
+    assert_eq!(refusal, Refusal::Limit);
+    // A channel ends where its buffer cannot be written any more, and where a request is malformed.
+    let read = CopyRequest { id: 1, write: false, at: 0, pieces: vec![Piece { gpa: 0, len: 8 }] };
+    let (socket, file) = channels.pop().unwrap();
+    fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).unwrap();
+    assert_eq!(exchange(&socket, &read.encode()), b"");
+    let (socket, _file) = channels.pop().unwrap();
+    assert_eq!(exchange(&socket, b"?"), b"");
+    let (socket, _file) = channels.pop().unwrap();
+    let answer = CopyAnswer::decode(&exchange(&socket, &read.encode())).unwrap();
+    assert_eq!(answer, CopyAnswer { id: 1, status: Status::Done, pieces: 1, bytes: 0 });
+
+    let socket = proxy.serve(|path| client::connect(path).unwrap());
+    send(&socket, b"{", SendFlags::empty()).unwrap();
+    let refused = socket.receive::<FromBroker>(&mut PacketBuffer::default()).unwrap();
+    assert!(matches!(
+        refused,
+        Some((FromBroker::Refused { id: 0, refusal: Refusal::Malformed, .. }, _))
+    ));
+}
+
+/// The answer to a packet; nothing where the peer has closed.
+fn exchange(socket: &OwnedFd, packet: &[u8]) -> Vec<u8> {
+    send(socket, packet, SendFlags::NOSIGNAL).unwrap();
+    let mut answer = vec![0; 64];
+    let (_, count) = recv(socket, answer.as_mut_slice(), RecvFlags::empty()).unwrap();
+    answer.truncate(count);
+    answer
+}
+
+fn wait_for_views(proxy: &TestProxy, count: usize) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let views = || {
+        let grants = proxy.admin().grants().unwrap();
+        grants.iter().map(|grant| grant.views.len()).sum::<usize>()
+    };
+    while views() != count {
+        assert!(std::time::Instant::now() < deadline, "{} views", views());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

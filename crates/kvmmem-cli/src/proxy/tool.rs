@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One tool's connection to the proxy: it attaches a view, opens channels for copies, and is
+//! notified of the view's end.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+use kvmmem::view::GuestEndpointError;
+use kvmmem::{Access, Event, Status, Token, View, ViewError};
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::map::Region;
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, VmIdentity};
+use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use kvmmem_proto::scope::{Rights, Scope};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use super::channel::Channel;
+
+/// The numbers of the one view of a connection, its grant and its target.
+const VIEW: u64 = 1;
+const GRANT: u64 = 1;
+const TARGET: u64 = 1;
+
+/// The most channels of a view.
+const MAX_CHANNELS: usize = 4;
+
+/// How often a tool is told that its view is still being opened.
+const SIGN: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether the view has been opened, has changed or has ended.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// How long a tool may take to ask for a view.
+const ASK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Attaches a view for a process.
+pub(super) type Attach = dyn Fn(&Token, Access, Caller) -> Result<View, ViewError> + Send + Sync;
+
+/// A refusal and its words.
+type Refused = (Refusal, String);
+
+/// A connection whose view is open. The channels end before the view does.
+struct Open {
+    channels: Vec<Channel>,
+    view: Arc<View>,
+}
+
+/// Serves a tool until it closes, or its view has ended.
+pub(super) fn serve(socket: &PacketSocket, credentials: Credentials, attach: &Attach) {
+    let (mut buffer, mut open) = (PacketBuffer::default(), None);
+    let asked_by = Instant::now() + ASK_LIMIT;
+    loop {
+        match is_readable(socket) {
+            Ok(false) => {}
+            Ok(true) => match socket.receive(&mut buffer) {
+                Ok(Some((request, files))) => {
+                    let tool = (socket, credentials, attach);
+                    if answer(tool, &mut open, request, files).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    let refused = (Refusal::Malformed, error.to_string());
+                    let _ = refuse(socket, 0, refused);
+                    return;
+                }
+            },
+            Err(_) => return,
+        }
+        let goes_on = match &open {
+            Some(open) => push(socket, &open.view),
+            None => Instant::now() < asked_by,
+        };
+        if !goes_on {
+            return;
+        }
+    }
+}
+
+/// Waits for a packet, for a moment.
+fn is_readable(socket: &PacketSocket) -> Result<bool, Errno> {
+    let limit = Timespec::try_from(LOOK).map_err(|_| Errno::INVAL)?;
+    match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&limit)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Answers one request; fails where the tool does not read.
+fn answer(
+    (socket, credentials, attach): (&PacketSocket, Credentials, &Attach),
+    open: &mut Option<Open>,
+    request: Request,
+    files: Vec<OwnedFd>,
+) -> Result<(), PacketError> {
+    let Request { id, call } = request;
+    let answered = match (call, &mut *open) {
+        (Call::Attach { token, caller, read_only, .. }, None) => {
+            let caller = Caller { pid: credentials.pid, uid: credentials.uid, ..caller };
+            let access = if read_only { Access::ReadOnly } else { Access::Granted };
+            let attach = || attach(&token, access, caller);
+            while_waiting(socket, attach).map_err(|error| refusal_of(&error)).and_then(|view| {
+                let attached = attached(&view)?;
+                *open = Some(Open { channels: Vec::new(), view: Arc::new(view) });
+                Ok((attached, None))
+            })
+        }
+        (Call::OpenCopies { view: VIEW }, Some(open)) => {
+            open_channel(open, files).map(|theirs| (Answer::CopiesOpened, Some(theirs)))
+        }
+        (call, _) if call.is_one_way() => return Ok(()),
+        _ => Err((
+            Refusal::Denied,
+            "this is kvmmem proxy, which attaches one view a connection, by a token; ask kvmmemd on the host for anything else"
+                .to_owned(),
+        )),
+    };
+    match answered {
+        Ok((answer, file)) => {
+            let files: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+            socket.send(&FromBroker::Answer { id, answer }, &files, Wait::Limited)
+        }
+        Err(refused) => refuse(socket, id, refused),
+    }
+}
+
+fn refuse(socket: &PacketSocket, id: u64, (refusal, message): Refused) -> Result<(), PacketError> {
+    socket.send(&FromBroker::Refused { id, refusal, message }, &[], Wait::Limited)
+}
+
+/// Does what takes longer than a tool waits for an answer, and lets it know.
+fn while_waiting<T: Send>(socket: &PacketSocket, act: impl FnOnce() -> T + Send) -> T {
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        // Without the thread, a tool of a slow machine may give up.
+        let _ = std::thread::Builder::new().name("working".into()).spawn_scoped(scope, move || {
+            while is_done.recv_timeout(SIGN) == Err(RecvTimeoutError::Timeout) {
+                let _ = socket.send(&FromBroker::Working, &[], Wait::No);
+            }
+        });
+        let result = act();
+        drop(done);
+        result
+    })
+}
+
+/// What a tool is told of its view.
+fn attached(view: &View) -> Result<Answer, Refused> {
+    let status = view.status().map_err(|error| refusal_of(&error))?;
+    let rights = if status.is_writable { Rights::ReadWrite } else { Rights::ReadOnly };
+    // The proxy knows no more of it.
+    let identity = VmIdentity { vcpus: 0, ..VmIdentity::target("", Uuid::from_bytes(status.uuid)) };
+    Ok(Answer::HostAttached {
+        view: VIEW,
+        grant: GRANT,
+        target: TARGET,
+        scope: Scope { rights, spans: None },
+        identity,
+        generation: generation(view),
+        regions: regions(&status),
+        copied: true,
+    })
+}
+
+/// Number of the target's run, which grows.
+fn generation(view: &View) -> u64 {
+    view.instance().ok().flatten().unwrap_or_default()
+}
+
+/// The view's ranges; where they are in a file has no meaning, and must differ.
+fn regions(status: &Status) -> Vec<Region> {
+    let region = |range: &kvmmem::Range| {
+        let kvmmem::Range { gpa, len } = *range;
+        Region { gpa, len, offset: gpa, file: 0 }
+    };
+    status.ranges.iter().map(region).collect()
+}
+
+fn open_channel(open: &mut Open, mut files: Vec<OwnedFd>) -> Result<OwnedFd, Refused> {
+    let (Some(file), true) = (files.pop(), files.is_empty()) else {
+        let message = "a channel for copies comes with one memfd".to_owned();
+        return Err((Refusal::Invalid, message));
+    };
+    if open.channels.len() >= MAX_CHANNELS {
+        let message = format!("this connection has {MAX_CHANNELS} channels already");
+        return Err((Refusal::Limit, message));
+    }
+    let (channel, theirs) = Channel::open(&open.view, file)?;
+    open.channels.push(channel);
+    Ok(theirs)
+}
+
+/// Pushes what has happened to the view; whether it is open.
+fn push(socket: &PacketSocket, view: &View) -> bool {
+    let event = match view.wait(Duration::ZERO) {
+        Ok(None) => return true,
+        Ok(Some(event)) => event,
+        Err(_) => Event::Gone,
+    };
+    let message = match event {
+        Event::Changed => match view.status() {
+            Ok(status) => FromBroker::Changed {
+                target: TARGET,
+                generation: generation(view),
+                regions: regions(&status),
+            },
+            Err(_) => FromBroker::Gone { target: TARGET },
+        },
+        Event::Revoked => FromBroker::Revoke { grant: GRANT },
+        Event::Gone => FromBroker::Gone { target: TARGET },
+    };
+    let sent = socket.send(&message, &[], Wait::Limited);
+    sent.is_ok() && matches!(message, FromBroker::Changed { .. })
+}
+
+/// The refusal that an error amounts to, with its causes.
+fn refusal_of(error: &ViewError) -> Refused {
+    let refusal = match error {
+        ViewError::GuestEndpoint(error) => match &**error {
+            GuestEndpointError::Refused { refusal, .. } => *refusal,
+            _ => Refusal::Unsupported,
+        },
+        ViewError::Gone { .. } | ViewError::Revoked { .. } => Refusal::Unknown,
+        _ => Refusal::Unsupported,
+    };
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    (refusal, message)
+}
