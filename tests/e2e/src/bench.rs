@@ -7,6 +7,7 @@ mod qemu;
 mod row;
 mod v1;
 mod views;
+mod without_module;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};

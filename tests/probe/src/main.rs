@@ -7,6 +7,7 @@ mod crowd;
 mod hold;
 mod marker;
 mod pagemap;
+mod reads;
 mod scattered;
 mod spy;
 mod timing;
@@ -37,6 +38,8 @@ enum Verb {
     Spy(spy::Arguments),
     /// In the introspector: attach a view and read one place until that fails.
     Hold(hold::Arguments),
+    /// In the introspector: time what a tool gets out of the library.
+    Reads(reads::Arguments),
     /// In the introspector: time scattered reads over KVMI and through a view.
     Scattered(scattered::Arguments),
     /// In the introspector: time mapping and unmapping.
@@ -51,6 +54,7 @@ fn main() -> Result<()> {
         Verb::Crowd(arguments) => crowd::run(&arguments),
         Verb::Spy(arguments) => spy::run(&arguments),
         Verb::Hold(arguments) => hold::run(&arguments),
+        Verb::Reads(arguments) => reads::run(&arguments),
         Verb::Scattered(arguments) => scattered::run(&arguments),
         Verb::Timing(arguments) => timing::run(&arguments),
     }

@@ -9,6 +9,7 @@ use kvmmem_proto::guest::GUEST_PORT;
 
 use super::row::Row;
 use super::views::{self, LENGTH};
+use super::without_module;
 use crate::qemu::{Ram, Release, Spec};
 use crate::test_bed::TestBed;
 use crate::world::World;
@@ -48,6 +49,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     world.end_qemu(&PC);
     rows.push(opening(&mut world, &Q35, "token to first bytes, 11.1 q35, against 150 ms", gpa)?);
     rows.extend(using(&world, &Q35)?);
+    rows.extend(without_module::rows(&world, &Q35)?);
     Ok(rows)
 }
 

@@ -19,11 +19,11 @@ use crate::world::{BENCH, PROBE, World};
 const ROUNDS: usize = 30;
 /// Bytes of the target that are read, from [`FROM`] on: RAM that its kernel has used.
 pub(super) const LENGTH: u64 = 32 << 20;
-const FROM: u64 = 16 << 20;
+pub(super) const FROM: u64 = 16 << 20;
 /// Pages that are read here and there.
 const SCATTERED: usize = 512;
 /// How long one part may take in the guest.
-const LIMIT: Duration = Duration::from_secs(600);
+pub(super) const LIMIT: Duration = Duration::from_secs(600);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut world = World::start(TestBed::from_env()?)?;
