@@ -180,8 +180,8 @@ impl Attachment {
 
 impl Drop for HypercallView {
     fn drop(&mut self) {
-        // Nothing of this machine's own is behind the window, so a refusal harms nobody here; but
-        // the host still shows the target's memory there.
+        // A refusal does no harm here, as the window holds none of this machine's memory; but the
+        // host still shows the target's there.
         if self.method.detach(self.page.start()).is_err() {
             stats::REFUSED.add_one();
             stats::VIEWS_QUARANTINED.add_one();

@@ -145,8 +145,8 @@ impl Drop for Function<'_> {
     fn drop(&mut self) {
         slots::remove(&self.slot, self.number);
         // The view that shows it finds out by itself within some milliseconds, ends, takes its
-        // pages from all processes and then gives up its mappings. Nobody sleeps for long
-        // while having one.
+        // pages from all processes and then gives up its mappings. Readers of the view do not sleep
+        // for long.
         if let Some(unused) = &self.unused {
             unused.wait_for_completion();
         }

@@ -74,7 +74,7 @@ pub(crate) fn remove(slot: &Arc<Slot>, function: u32) {
         slots.retain(|other| !Arc::ptr_eq(other, slot));
     }
     if slots.is_empty() {
-        // Nobody drops a static when the module goes.
+        // Statics are not dropped when the module goes.
         *slots = KVec::new();
     }
     drop(slots);

@@ -114,7 +114,7 @@ static void attach_and_detach(void)
 	CHECK_EQUAL(counter("views"), 0);
 }
 
-/* A host that does not let go of a view is counted. */
+/* A view that the host refuses to close is counted. */
 static void host_keeps_view(void)
 {
 	long quarantined = counter("views-quarantined");

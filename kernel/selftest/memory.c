@@ -80,7 +80,7 @@ static void huge_pages(void)
 	close(fd);
 }
 
-/* 1 GiB of nothing: nobody answers there, but the page tables are filled all the same. */
+/* 1 GiB of nothing: no device answers there, but the page tables are filled all the same. */
 static void largest_pages(void)
 {
 	const struct kvmmem_window_range range = { GIB, GIB, 0, 0, 0 };

@@ -106,7 +106,7 @@ static void end(void)
 	__atomic_store_n(&storm->stopping, 1, __ATOMIC_RELAXED);
 	while (wait(NULL) > 0)
 		;
-	/* With files that nobody has received. */
+	/* With files that were sent and not received. */
 	for (int fd = COMMON_FD; fd <= RECEIVE_FD; fd++)
 		close(fd);
 	CHECK_EQUAL(storm->wrong, 0);

@@ -103,7 +103,7 @@ static void *blocked_reader(void *p)
 	return NULL;
 }
 
-/* A reader whose own memory does not come keeps nobody from unbinding. */
+/* A reader whose own memory does not come does not keep a device from being unbound. */
 static void with_blocked_reader(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };

@@ -200,7 +200,7 @@ impl Fault {
         let pfn = (address / PAGE_SIZE) as usize;
         // SAFETY: by the type's invariant this is a fault of an area that is VM_PFNMAP and not
         // private, as these functions demand. The pages are within `memory`, which is no RAM of
-        // this machine, whatever the process does with them.
+        // this machine, so the process cannot free them by any use of its mapping.
         let code = unsafe {
             let fault = &(*self.vmf).__bindgen_anon_1;
             let is_write = (*self.vmf).flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;

@@ -57,8 +57,8 @@ user_buffer!(IovIterDest, _copy_to_iter, fault_in_iov_iter_writeable);
 user_buffer!(IovIterSource, _copy_from_iter, fault_in_iov_iter_readable);
 
 /// Makes accesses of this thread to user memory fail where they would need a page. A user of
-/// another machine's memory is done with it in a short time then, whatever the process does with
-/// its own memory.
+/// another machine's memory is done with it in a short time then, also where the process's own
+/// memory does not come.
 pub(super) struct NoPageFaults(PhantomData<*const ()>);
 
 impl NoPageFaults {

@@ -11,7 +11,7 @@ use anyhow::Result;
 use crate::tree;
 
 /// Where comments are checked.
-const FOLDERS: [&str; 3] = ["crates", "tests", "xtask"];
+const FOLDERS: [&str; 4] = ["crates", "kernel", "tests", "xtask"];
 
 /// A word to avoid, and what to write.
 const AVOID: [(&str, &str); 8] = [
