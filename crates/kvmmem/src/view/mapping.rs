@@ -58,7 +58,7 @@ pub enum MappingError {
 /// The contents may change at any moment, so they are copied: there is no slice of them. An access
 /// to removed memory is an error, not a SIGBUS that kills the process: see [`crate::view`] on
 /// signals. In a virtual machine without the module each of the methods proves its access, which
-/// takes two system calls: read much at once there.
+/// takes a system call for each MiB and each window of the view: read much at once there.
 #[derive(Clone, Debug)]
 pub struct Mapping {
     gpa: u64,

@@ -2,6 +2,7 @@
 //! Views whose devices are ordinary files: unlike a PCI device's, their mappings can be looked at
 //! after the device has gone.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -29,7 +30,13 @@ const GONE: u32 = 0o100;
 /// Longer than any machine needs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+thread_local! {
+    /// How often this thread has asked.
+    static ASKED: Cell<usize> = const { Cell::new(0) };
+}
+
 fn is_alive(file: &OwnedFd) -> bool {
+    ASKED.set(ASKED.get() + 1);
     rustix::fs::fstat(file).unwrap().st_mode & GONE == 0
 }
 
@@ -368,6 +375,15 @@ fn windows_of_several_slots_are_mapped_in_one_piece() {
     assert_eq!(&written, b"y");
     assert_eq!(mapping.read_u8(7 * PAGE - 1).unwrap(), b'x');
     assert_eq!(mapping.read_u8(8 * PAGE).unwrap(), b'z');
+    // Each access takes a system call for each window, however much of that it reads.
+    for (offset, len, windows) in [(8, 8, 1), (0, PAGE_SIZE, 1), (0, 9 * PAGE_SIZE, 9)] {
+        let buf = bytes.get_mut(..len).unwrap();
+        ASKED.set(0);
+        mapping.read(offset, buf).unwrap();
+        assert_eq!(ASKED.replace(0), windows);
+        view.read_at(offset, buf).unwrap();
+        assert_eq!(ASKED.get(), windows);
+    }
     // The part that has gone, and no other.
     machine.unplug("01:00.2");
     assert_eq!(mapping.read_u8(8 * PAGE), Err(MappingError::Lost { gpa: 8 * PAGE }));
