@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use kvmmem::{Access, Event, State, VectoredError, ViewError};
 use kvmmem_broker::Server;
@@ -153,6 +154,36 @@ fn a_tool_learns_why_its_view_has_ended() {
     proxy.tools.end();
     wait_for_views(&proxy, 0);
     assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
+}
+
+#[test]
+fn a_tool_is_told_that_its_view_is_still_being_opened() {
+    let mut proxy = TestProxy::start();
+    let token = proxy.grant(Rights::ReadOnly).token;
+    let (release, gate) = std::sync::mpsc::channel::<()>();
+    let (gate, attach) = (Mutex::new(gate), Arc::clone(&proxy.tools.attach));
+    proxy.tools.attach = Arc::new(move |token, access, caller| {
+        gate.lock().unwrap().recv().unwrap();
+        attach(token, access, caller)
+    });
+    let socket = proxy.serve(|path| client::connect(path).unwrap());
+    socket.limit_receive(Some(PATIENCE)).unwrap();
+    let caller = Caller::this_process();
+    let call = Call::Attach { token, caller, read_only: true, reaching: Vec::new() };
+    socket.send(&Request { id: 1, call }, &[], Wait::Limited).unwrap();
+    let mut buffer = PacketBuffer::default();
+    let mut receive = || socket.receive::<FromBroker>(&mut buffer).unwrap().unwrap().0;
+    assert!(matches!(receive(), FromBroker::Working));
+    release.send(()).unwrap();
+    let answer = loop {
+        match receive() {
+            FromBroker::Working => {}
+            answer => break answer,
+        }
+    };
+    let FromBroker::Answer { id: 1, answer: Answer::HostAttached { .. } } = answer else {
+        panic!("{answer:?}")
+    };
 }
 
 #[test]
