@@ -19,12 +19,13 @@
 //! | 80 | 8 | first GPA of window 0, a multiple of the page size; 0 where the windows are PCI devices |
 //! | 88 | 8 | length of window 0 |
 //! | 96 | 4 | number of ranges, at most [`MAX_RANGES`] |
-//! | 100 | 4 | 0 |
+//! | 100 | 4 | flags: [`FLAG_TOKENS`] |
 //! | 104 | 8 | written by the driver, where the windows are PCI devices: the highest generation that it has acted upon |
 //! | 112 | 4 | number of the slot: 0 but where a view has more windows than one slot holds |
 //! | 116 | 4 | written by the driver as well: 0, or `COMPLAINT_*` |
 //! | 120 | 8 | the target's instance: see [`Descriptor::instance`] |
 //! | 128 | 32 each | ranges: target GPA (8), length (8), offset in its window (8), number of its window (4), 0 (4) |
+//! | 2176 | 1792 | the [token list](crate::token_list), where a flag says so |
 //!
 //! # Windows that are PCI devices
 //!
@@ -56,6 +57,13 @@ pub const SIZE: usize = RANGES_AT + MAX_RANGES * RANGE_SIZE;
 
 /// Offset of the generation.
 pub const GENERATION_AT: usize = 16;
+
+/// Offset of the flags.
+pub const FLAGS_AT: usize = 100;
+
+/// Flag: the view is shown for the tokens of its [token list](crate::token_list), and several files
+/// may have it.
+pub const FLAG_TOKENS: u32 = 1;
 
 /// Offset of the generation that the driver has acted upon.
 pub const SEEN_AT: usize = 104;
@@ -121,6 +129,8 @@ pub struct Descriptor {
     pub window_len: u64,
     /// Number of ranges.
     pub range_count: usize,
+    /// `FLAG_*`; others are ignored.
+    pub flags: u32,
     /// Identifies one run of the target: the number is the same for every view, here and on the
     /// host, until the target is reset, its RAM changes or its VMM ends. 0 where the host does
     /// not say.
@@ -228,6 +238,7 @@ impl Descriptor {
             window_gpa,
             window_len,
             range_count,
+            flags: u32_at(page, FLAGS_AT),
             instance: u64_at(page, INSTANCE_AT),
         })
     }
@@ -250,6 +261,7 @@ impl Descriptor {
         // At most 64.
         #[allow(clippy::cast_possible_truncation)]
         put(page, 96, &(count as u32).to_le_bytes());
+        put(page, FLAGS_AT, &self.flags.to_le_bytes());
         put(page, INSTANCE_AT, &self.instance.to_le_bytes());
         for (index, range) in ranges.iter().enumerate().take(count) {
             let at = RANGES_AT + index * RANGE_SIZE;

@@ -15,6 +15,7 @@ pub mod hypercall;
 pub mod ioctl;
 pub mod native;
 pub mod region;
+pub mod token_list;
 
 /// The example of README.md, compiled as a test.
 #[cfg(doctest)]

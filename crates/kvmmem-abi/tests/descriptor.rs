@@ -2,7 +2,7 @@
 //! The descriptor page: what is written is read, and nothing else is believed.
 
 use kvmmem_abi::descriptor::{
-    Descriptor, DescriptorError, GENERATION_AT, MAX_RANGES, SIZE, WindowRange,
+    Descriptor, DescriptorError, FLAG_TOKENS, GENERATION_AT, MAX_RANGES, SIZE, WindowRange,
 };
 use kvmmem_abi::native::{RIGHT_READ, STATE_OPEN};
 use proptest::prelude::*;
@@ -17,6 +17,7 @@ fn descriptor() -> Descriptor {
         window_gpa: 0x40_0000_0000,
         window_len: 0x10_0000,
         range_count: 2,
+        flags: FLAG_TOKENS,
         instance: 0x1234_5678_9abc_def0,
     }
 }

@@ -19,7 +19,7 @@ use kvmmem_abi::hypercall::{AttachRequest, AttachResult};
 use kvmmem_abi::ioctl::{MapMemToken, MemMap};
 use kvmmem_abi::native::{Attach, Info, Range, Ranges, Stats};
 use kvmmem_abi::region::Region;
-use kvmmem_abi::{cpuid, hypercall, ioctl, native, region};
+use kvmmem_abi::{cpuid, hypercall, ioctl, native, region, token_list};
 
 /// The header's include guard: the one define without a meaning.
 const GUARD: &str = "_UAPI_KVMMEM_H";
@@ -86,6 +86,7 @@ fn descriptor_fields() -> Vec<(&'static str, u64)> {
         window_gpa: 0xaaaa,
         window_len: 0xbbbb,
         range_count: 0,
+        flags: 0xdddd,
         instance: 0xcccc,
     };
     let mut page = [0; descriptor::SIZE];
@@ -110,11 +111,21 @@ fn descriptor_fields() -> Vec<(&'static str, u64)> {
         ("offsetof(struct kvmmem_descriptor, window_gpa)", at(&0xaaaau64.to_le_bytes())),
         ("offsetof(struct kvmmem_descriptor, window_len)", at(&0xbbbbu64.to_le_bytes())),
         ("offsetof(struct kvmmem_descriptor, range_count)", at(&5u32.to_le_bytes())),
+        ("offsetof(struct kvmmem_descriptor, flags)", at(&0xddddu32.to_le_bytes())),
         ("offsetof(struct kvmmem_descriptor, seen_generation)", descriptor::SEEN_AT as u64),
         ("offsetof(struct kvmmem_descriptor, slot)", descriptor::SLOT_AT as u64),
         ("offsetof(struct kvmmem_descriptor, complaint)", descriptor::COMPLAINT_AT as u64),
         ("offsetof(struct kvmmem_descriptor, instance)", at(&0xccccu64.to_le_bytes())),
         ("offsetof(struct kvmmem_descriptor, ranges)", first),
+        ("sizeof(struct kvmmem_token_list)", (token_list::END - descriptor::SIZE) as u64),
+        (
+            "offsetof(struct kvmmem_token_list, digests)",
+            (token_list::DIGESTS_AT - descriptor::SIZE) as u64,
+        ),
+        (
+            "offsetof(struct kvmmem_token_list, used)",
+            (token_list::USED_AT - descriptor::SIZE) as u64,
+        ),
         ("offsetof(struct kvmmem_window_range, gpa)", 0),
         ("offsetof(struct kvmmem_window_range, len)", at(&0x2222u64.to_le_bytes()) - first),
         ("offsetof(struct kvmmem_window_range, offset)", at(&0x3333u64.to_le_bytes()) - first),
@@ -153,6 +164,9 @@ fn numbers() -> BTreeMap<&'static str, u64> {
         ("KVMMEM_DESCRIPTOR_VERSION", u64::from(descriptor::VERSION)),
         ("KVMMEM_SLOT_WINDOWS", u64::from(descriptor::SLOT_WINDOWS)),
         ("KVMMEM_SEEN_ALL", descriptor::SEEN_ALL),
+        ("KVMMEM_FLAG_TOKENS", u64::from(descriptor::FLAG_TOKENS)),
+        ("KVMMEM_MAX_TOKENS", token_list::MAX_TOKENS as u64),
+        ("KVMMEM_DIGEST_SIZE", token_list::DIGEST_SIZE as u64),
         ("KVMMEM_COMPLAINT_NO_ADDRESS", u64::from(descriptor::COMPLAINT_NO_ADDRESS)),
         ("KVMMEM_COMPLAINT_NOT_CACHED", u64::from(descriptor::COMPLAINT_NOT_CACHED)),
         ("KVMMEM_COMPLAINT_INVALID", u64::from(descriptor::COMPLAINT_INVALID)),

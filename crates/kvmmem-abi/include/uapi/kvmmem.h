@@ -162,6 +162,7 @@ struct kvmmem_window_range {
 #define KVMMEM_DESCRIPTOR_VERSION	1
 #define KVMMEM_MAX_RANGES		64
 #define KVMMEM_SLOT_WINDOWS		7	/* functions 1 to 7 of a PCI slot */
+#define KVMMEM_FLAG_TOKENS		(1U << 0)	/* struct kvmmem_token_list follows */
 
 #define KVMMEM_SEEN_ALL			(~0ULL)	/* as seen_generation: nothing of the view is used any more */
 
@@ -182,12 +183,21 @@ struct kvmmem_descriptor {
 	__u64 window_gpa;
 	__u64 window_len;
 	__u32 range_count;
-	__u32 reserved;
+	__u32 flags;		/* KVMMEM_FLAG_* */
 	__u64 seen_generation;	/* the driver's: the highest that it has acted upon */
 	__u32 slot;		/* of the view's slots, from 0 on */
 	__u32 complaint;	/* the driver's: 0, or KVMMEM_COMPLAINT_* */
 	__u64 instance;		/* one run of the target; 0: not known */
 	struct kvmmem_window_range ranges[KVMMEM_MAX_RANGES];
+};
+
+/* Behind the descriptor: the tokens of KVMI that wait to be used. Not covered by the generation. */
+#define KVMMEM_MAX_TOKENS	64
+#define KVMMEM_DIGEST_SIZE	24
+
+struct kvmmem_token_list {
+	__u8 digests[KVMMEM_MAX_TOKENS][KVMMEM_DIGEST_SIZE];	/* of SHA-256; 0: free */
+	__u32 used[KVMMEM_MAX_TOKENS];	/* the driver's: first 4 bytes of the digest that it has used */
 };
 
 /* CPUID leaves of the host's side. */

@@ -155,6 +155,7 @@ mod tests {
             window_gpa: number << 12,
             window_len: (number + 1) << 12,
             range_count: count,
+            flags: 0,
             instance: number,
         };
         (content, ranges)

@@ -137,6 +137,7 @@ impl View {
             window_gpa: self.gpa,
             window_len: self.len.next_multiple_of(kvmmem_sys::ram::PAGE_SIZE),
             range_count: ranges.len(),
+            flags: 0,
             instance: self.target.as_ref().map_or(0, |target| target.generation()),
         };
         (content, ranges)
