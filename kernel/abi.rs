@@ -15,3 +15,5 @@ pub(crate) mod ioctl;
 pub(crate) mod native;
 #[path = "../crates/kvmmem-abi/src/region.rs"]
 pub(crate) mod region;
+#[path = "../crates/kvmmem-abi/src/token_list.rs"]
+pub(crate) mod token_list;

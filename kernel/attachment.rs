@@ -12,7 +12,7 @@ use crate::abi::hypercall::{AttachRequest, AttachResult};
 use crate::abi::ioctl::PAGE_SIZE;
 use crate::hypercall::{self, Transport};
 use crate::knobs;
-use crate::slots::{self, Claim};
+use crate::slots::{self, Claim, ListedToken};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::stats;
 use crate::sys::call::Method;
@@ -79,14 +79,32 @@ pub(crate) struct HypercallView {
 }
 
 impl Attachment {
-    /// Asks the host to open the view of `call`, or claims its slot: `ENOENT` if there is none.
+    /// Asks the host to open the view of `call`, or takes its slot: `ENOENT` if there is none.
     /// `EOPNOTSUPP` where the host offers no views.
     pub(crate) fn open(mut call: AttachCall, flags: u32) -> Result<Self> {
         match hypercall::transport() {
             Transport::Windows => call.call(flags).map(Self::Hypercall),
-            Transport::Devices => slots::claim(&call.digest()).map(Self::Devices),
+            Transport::Devices => Self::take(&call.digest()),
             Transport::None => Err(EOPNOTSUPP),
         }
+    }
+
+    /// Claims the slot whose ticket has this SHA-256, or shares the one that lists it as a token:
+    /// `ENOENT` if there is none.
+    fn take(digest: &[u8; 32]) -> Result<Self> {
+        match slots::claim(digest) {
+            Err(ENOENT) => {}
+            claimed => return claimed.map(Self::Devices),
+        }
+        let token = slots::find_token(digest)?;
+        let claim = token.share()?;
+        token.use_once()?;
+        Ok(Self::Devices(claim))
+    }
+
+    /// Whether it is by the slot that lists a token.
+    pub(crate) fn lists(&self, token: &ListedToken) -> bool {
+        self.claim().is_some_and(|claim| token.is_of(claim))
     }
 
     /// Uses the descriptor's page. `None` where it or one of the windows was unplugged.

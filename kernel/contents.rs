@@ -84,10 +84,18 @@ impl Contents {
     /// Opens the view that `call` asks for. `EIO` for an impossible answer of the host,
     /// `EOPNOTSUPP` where it offers no views.
     pub(crate) fn open(call: AttachCall, flags: u32) -> Result<KBox<Self>> {
+        Self::of(|| Attachment::open(call, flags), flags)
+    }
+
+    /// Those of the view that `attach` opens; else as [`Self::open`].
+    pub(crate) fn of(
+        attach: impl FnOnce() -> Result<Attachment>,
+        flags: u32,
+    ) -> Result<KBox<Self>> {
         // Before the token is used: without memory it stays good.
         let room = KBox::new_uninit(GFP_KERNEL_ACCOUNT)?;
         let session = UniqueArc::new_uninit(GFP_KERNEL_ACCOUNT)?;
-        let host = Attachment::open(call, flags)?;
+        let host = attach()?;
         let is_read_only = flags & ATTACH_READ_ONLY != 0;
         let shown = match settled(&host).and_then(|snapshot| show(&host, &snapshot)) {
             Ok(shown) => shown,

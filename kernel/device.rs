@@ -17,10 +17,14 @@ use kernel::uaccess::UserPtr;
 
 use crate::abi::ioctl::{MEM_MAP, MEM_UNMAP};
 use crate::abi::{native as view, region};
+use crate::attachment::Attachment;
+use crate::contents::Contents;
 use crate::knobs;
 use crate::native;
 use crate::page_file::PageFile;
-use crate::sys::area::{Areas, Fault, FaultError, FaultResult, NewArea};
+use crate::power::UseGuard;
+use crate::stats;
+use crate::sys::area::{file_offset, Areas, Fault, FaultError, FaultResult, NewArea};
 use crate::sys::misc::Device;
 use crate::view::View;
 use crate::watch::WatchedView;
@@ -31,13 +35,43 @@ use crate::watch::WatchedView;
 pub(crate) struct OpenFile {
     #[pin]
     pages: PageFile,
+    #[pin]
+    inner: Mutex<Inner>,
     view: SetOnce<WatchedView>,
     /// Held while the view is made.
     #[pin]
     making: Mutex<()>,
 }
 
+/// Whether a file is an inner one, which the module opened for v1's pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Inner {
+    No,
+    /// It is. The page that is being mapped, by its address in the process and in the target: no
+    /// other area of memory may show it, as only the module may map of it.
+    Yes(Option<(u64, u64)>),
+}
+
 impl OpenFile {
+    /// Makes an inner file of it, with the view that `attach` opens.
+    pub(crate) fn show_inner(
+        &self,
+        file: &File,
+        attach: impl FnOnce() -> Result<Attachment>,
+    ) -> Result {
+        let view = self.make_view(file)?;
+        let _one = view.attaching.lock();
+        let _beginning = UseGuard::begin()?;
+        view.set(Contents::of(attach, 0)?);
+        self.expect_page(None);
+        Ok(())
+    }
+
+    /// Says which page is being mapped of this inner file.
+    pub(crate) fn expect_page(&self, page: Option<(u64, u64)>) {
+        *self.inner.lock() = Inner::Yes(page);
+    }
+
     /// What the file has of views; the first call makes it.
     fn make_view(&self, file: &File) -> Result<&Arc<View>> {
         if self.view.as_ref().is_none() {
@@ -50,7 +84,7 @@ impl OpenFile {
     }
 
     /// `ENOTCONN` where no call has made it.
-    fn view(&self) -> Result<&Arc<View>> {
+    pub(crate) fn view(&self) -> Result<&Arc<View>> {
         self.view.as_ref().map(Deref::deref).ok_or(ENOTCONN)
     }
 }
@@ -62,6 +96,7 @@ impl MiscDevice for OpenFile {
     fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<Pin<KBox<Self>>> {
         let file = try_pin_init!(Self {
             pages <- PageFile::new()?,
+            inner <- new_mutex!(Inner::No, "kvmmem_inner"),
             view: SetOnce::new(),
             making <- new_mutex!((), "kvmmem_making"),
         }? Error);
@@ -71,7 +106,7 @@ impl MiscDevice for OpenFile {
     fn ioctl(this: Pin<&Self>, file: &File, cmd: u32, arg: usize) -> Result<isize> {
         let at = UserPtr::from_addr(arg);
         match cmd {
-            MEM_MAP => this.pages.map(arg)?,
+            MEM_MAP => this.pages.map(file, arg)?,
             MEM_UNMAP => this.pages.unmap(arg)?,
             view::INFO => native::info(at)?,
             view::ATTACH => this.make_view(file)?.attach(at)?,
@@ -138,12 +173,34 @@ impl Device for OpenFile {
     }
 
     fn map(&self, area: &NewArea<'_, Self>) -> Result {
-        self.view()?.mmap(area)
+        let inner = *self.inner.lock();
+        if inner == Inner::No {
+            return self.view()?.mmap(area);
+        }
+        let page = file_offset(area).map(|gpa| (area.start() as u64, gpa));
+        if page.is_none() || inner != Inner::Yes(page) {
+            // As by remap_file_pages(2).
+            return Err(EACCES);
+        }
+        self.view()?.mmap(area)?;
+        // A child gets nothing of it.
+        area.set_dontcopy();
+        area.count();
+        stats::MAPPED.add_one();
+        Ok(())
     }
 }
 
 impl Areas for OpenFile {
     fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError> {
         self.view().map_err(|_| FaultError::Bus)?.fault(fault)
+    }
+
+    fn area_opened() {
+        stats::MAPPED.add_one();
+    }
+
+    fn area_closed() {
+        stats::MAPPED.subtract_one();
     }
 }

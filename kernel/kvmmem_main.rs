@@ -8,16 +8,20 @@
 //! descriptor), [`window`] (the memory). [`watch`] notices the host's changes.
 //!
 //! Without hypercalls, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor
-//! and its windows), [`slots`] (all slots, and the one that a token claims).
+//! and its windows, with its [`users`]), [`slots`] (all slots, and the one that a token claims or
+//! that lists it).
 //!
 //! Layers of v1's MAP: [`device`] (the ioctl), [`page_file`] (the open file), [`process`] and
 //! [`table`] (the owner of each GVA), [`page`] (the tool's page: checked, charged and pinned),
 //! [`hypercall`] (the host's answer). UNMAP, closing the file and the end of the process use the
-//! same layers.
+//! same layers. Where views are PCI devices, [`page_file`] has [`window_page`] instead: the page of
+//! a view in the place of the tool's.
 //!
 //! Locks, outermost first. Two locks are held together only if one line names both:
 //!
-//! - `OpenFile::making`, by itself.
+//! - `WindowPages::files`; then, one after the other, those of opening the device, and those below
+//!   of an inner file and of the process's memory.
+//! - `OpenFile::making` and `OpenFile::inner`, each by itself; the latter also in mmap.
 //! - `View::attaching`, while the host opens or closes the file's view; then `View::regions` by
 //!   itself, or `View::changing` and those below.
 //! - `View::changing`, while the contents are replaced; then `SLOTS` and `Slot::state`, or the
@@ -88,9 +92,11 @@ mod sys;
 mod table;
 mod transfer;
 mod tree;
+mod users;
 mod view;
 mod watch;
 mod window;
+mod window_page;
 
 macro_rules! kvmmem {
     ($($selftest:tt)*) => {

@@ -83,7 +83,7 @@ impl Page for ForeignPage {
 
 /// Whether the memory at `gva` is the process's own: private, anonymous, writable, in ordinary
 /// pages. `EFAULT` where there is none.
-fn check_memory(mm: &MmWithUser, gva: usize) -> Result {
+pub(crate) fn check_memory(mm: &MmWithUser, gva: usize) -> Result {
     let lock = mm.mmap_read_lock();
     let vma = lock.vma_lookup(gva).ok_or(EFAULT)?;
     if is_suitable(vma) {

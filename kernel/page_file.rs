@@ -5,6 +5,7 @@
 //! [`crate::process`], which registers an MMU notifier: that takes all locks of the process's
 //! memory, and views never need it.
 
+use kernel::fs::File;
 use kernel::mm::{Mm, MmWithUser};
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
@@ -14,7 +15,7 @@ use kernel::transmute::AsBytes;
 use kernel::uaccess::{UserPtr, UserSlice};
 
 use crate::abi::ioctl::{MemMap, PAGE_SIZE};
-use crate::hypercall;
+use crate::hypercall::{self, Transport};
 use crate::page::ForeignPage;
 use crate::process::{Process, PROCESSES};
 use crate::sys::notifier::MmRef;
@@ -23,6 +24,7 @@ use crate::sys::secret::Secret;
 use crate::table::ops::{self, Shared};
 use crate::table::record::{ReserveError, UnmapError, Usage};
 use crate::tree;
+use crate::window_page::WindowPages;
 
 /// The number of the account that is opened next; 64 bits do not run out.
 static NEXT_OWNER: Atomic<i64> = Atomic::new(0);
@@ -45,7 +47,8 @@ pub(crate) struct PageFile {
     /// The opener's memory. The reference keeps another process's from getting the same address.
     mm: ARef<Mm>,
     account: SetOnce<Account>,
-    /// Held while the account is opened.
+    windows: SetOnce<WindowPages>,
+    /// Held while the account is opened, or `windows` are made.
     #[pin]
     joining: Mutex<()>,
 }
@@ -59,13 +62,17 @@ impl PageFile {
         Ok(pin_init!(Self {
             mm,
             account: SetOnce::new(),
+            windows: SetOnce::new(),
             joining <- new_mutex!((), "kvmmem_joining"),
         }))
     }
 
     /// MAP of v1.
-    pub(crate) fn map(&self, arg: usize) -> Result {
-        hypercall::method()?;
+    pub(crate) fn map(&self, file: &File, arg: usize) -> Result {
+        let has_windows = hypercall::transport() == Transport::Devices;
+        if !has_windows {
+            hypercall::method()?;
+        }
         let task = current!();
         let mm = self.opener(task.mm())?;
         // In kernel memory, from which the host reads the token.
@@ -77,6 +84,9 @@ impl PageFile {
         if gpa % PAGE_SIZE != 0 || gva % PAGE_SIZE != 0 || !is_user_page(mm, gva) {
             return Err(EINVAL);
         }
+        if has_windows {
+            return self.windows()?.map(file, mm, &request);
+        }
         let slot = tree::slot()?;
         let account = self.account()?;
         ops::map(&*account.process, slot, gva, account.owner, || {
@@ -87,12 +97,13 @@ impl PageFile {
     /// UNMAP of v1, through any file of the process.
     pub(crate) fn unmap(&self, gva: usize) -> Result {
         let task = current!();
-        self.opener(task.mm())?;
+        let mm = self.opener(task.mm())?;
         if gva as u64 % PAGE_SIZE != 0 {
             return Err(EINVAL);
         }
-        // Without hypercalls nothing was ever mapped.
-        hypercall::method().map_err(|_| ENOENT)?;
+        if hypercall::transport() == Transport::Devices {
+            return self.windows()?.unmap(mm, gva);
+        }
         Ok(ops::unmap(&*self.account()?.process, gva as u64)?)
     }
 
@@ -102,7 +113,7 @@ impl PageFile {
             .as_ref()
             .and_then(|account| account.process.with(|table| table.usage(account.owner)))
             .unwrap_or(Usage {
-                mapped: 0,
+                mapped: self.windows.as_ref().map_or(0, WindowPages::count),
                 quarantined: 0,
                 limit: crate::max_pages_per_file(),
             })
@@ -114,6 +125,17 @@ impl PageFile {
         caller
             .filter(|mm| core::ptr::eq(mm.as_raw(), self.mm.as_raw()))
             .ok_or(EINVAL)
+    }
+
+    /// What the file has mapped of views, made by the first call.
+    fn windows(&self) -> Result<&WindowPages> {
+        if self.windows.as_ref().is_none() {
+            let _one = self.joining.lock();
+            if self.windows.as_ref().is_none() {
+                self.windows.populate(WindowPages::new(self.mm.clone())?);
+            }
+        }
+        self.windows.as_ref().ok_or(ENOMEM)
     }
 
     /// The file's account, opened by the first call. The caller is the opener.

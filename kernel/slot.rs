@@ -4,18 +4,26 @@
 //! The host sends no interrupt. So a work polls the page of a view's first slot: until all windows
 //! are bound, and then for changes while no view polls it. The interval grows while nothing
 //! changes.
+//!
+//! One file has a slot, and only one ever; but any number of files have one that lists tokens, one
+//! after the other or at a time.
 
 use kernel::prelude::*;
+use kernel::sync::barrier::{mb, Full};
 use kernel::sync::{new_mutex, Arc, Completion, Mutex};
 use kernel::time::Jiffies;
 use kernel::workqueue::{self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem};
 
-use crate::abi::descriptor::{COMPLAINT_AT, GENERATION_AT, SEEN_AT, SLOT_WINDOWS};
+use crate::abi::descriptor::{
+    COMPLAINT_AT, FLAGS_AT, FLAG_TOKENS, GENERATION_AT, SEEN_AT, SLOT_WINDOWS,
+};
+use crate::abi::token_list::{digest_at, mark, used_at, Digest, DIGEST_SIZE, MAX_TOKENS};
 use crate::slots;
 use crate::snapshot::PageCopy;
 use crate::stats;
 use crate::sys::memory::Memory;
 use crate::sys::secret::is_equal;
+use crate::users::Users;
 use crate::watch;
 
 /// BAR 2 of a function that is a window. Nothing maps it any more when the last reference is gone.
@@ -58,6 +66,32 @@ pub(crate) struct Head {
     pub(crate) number: u32,
 }
 
+impl Head {
+    /// Whether the page has a token list.
+    fn lists_tokens(&self) -> bool {
+        self.number == 0 && self.u32_at(FLAGS_AT) & FLAG_TOKENS != 0
+    }
+
+    /// Whether an entry of the token list has this digest. The time does not tell where they
+    /// differ.
+    fn lists(&self, entry: usize, digest: &Digest) -> bool {
+        let [mut listed, mut wanted] = [[0; 32]; 2];
+        for (index, word) in listed.chunks_exact_mut(8).take(DIGEST_SIZE / 8).enumerate() {
+            let at = digest_at(entry) + 8 * index;
+            word.copy_from_slice(&self.page.read_u64(at).to_le_bytes());
+        }
+        for (to, from) in wanted.iter_mut().zip(digest) {
+            *to = *from;
+        }
+        is_equal(&listed, &wanted)
+    }
+
+    /// The number at `at`, a multiple of 4.
+    fn u32_at(&self, at: usize) -> u32 {
+        (self.page.read_u64(at & !7) >> (8 * (at & 4))) as u32
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Windows are missing, or the host was changing the page.
@@ -66,11 +100,11 @@ enum Phase {
     Refused,
     /// The host knows that all is there.
     Ready,
-    /// A file has it.
+    /// A file has it, or several have it.
     Claimed,
-    /// A file has it, and some of it is gone.
+    /// The same, and some of it is gone.
     Lost,
-    /// A file had it.
+    /// A file had it, which none has again.
     Used,
 }
 
@@ -78,6 +112,8 @@ struct State {
     head: Option<Head>,
     windows: [Option<Window>; SLOT_WINDOWS as usize],
     phase: Phase,
+    /// Those that have it, where it is claimed or lost.
+    users: Users,
     /// Between two looks: longer and longer while nothing changes.
     pause: Jiffies,
 }
@@ -135,6 +171,25 @@ impl State {
         };
         Some(self.pause)
     }
+
+    /// Adds a user where the slot is in one of these phases; returns its number.
+    fn join(&mut self, phases: &[Phase]) -> Result<Option<u64>> {
+        let Some(head) = self.head.as_ref().filter(|_| phases.contains(&self.phase)) else {
+            return Ok(None);
+        };
+        let user = self.users.add(head.page.read_u64(SEEN_AT))?;
+        self.phase = Phase::Claimed;
+        Ok(Some(user))
+    }
+
+    /// Tells the host what all users have followed.
+    fn acknowledge(&self) {
+        if let (Phase::Claimed, Some(head), Some(generation)) =
+            (self.phase, &self.head, self.users.followed())
+        {
+            head.page.write_u64(SEEN_AT, generation);
+        }
+    }
 }
 
 impl Slot {
@@ -143,6 +198,7 @@ impl Slot {
             head: None,
             windows: [const { None }; 7],
             phase: Phase::Incomplete,
+            users: Users::new(),
             pause: watch::delay(),
         };
         let slot = pin_init!(Self {
@@ -263,17 +319,50 @@ impl Slot {
     }
 
     /// Takes it for a file, if it is the first slot of the view with this digest, and no file has
-    /// had it.
-    pub(crate) fn claim(&self, digest: &[u8; 32]) -> bool {
+    /// had it; returns the number of the user.
+    pub(crate) fn claim(&self, digest: &[u8; 32]) -> Result<Option<u64>> {
         if !self.is_part(digest, 0) {
+            return Ok(None);
+        }
+        self.state.lock().join(&[Phase::Ready])
+    }
+
+    /// Takes it for one more file, where it lists tokens; returns the number of the user.
+    pub(crate) fn share(&self) -> Result<Option<u64>> {
+        let mut state = self.state.lock();
+        if !state.head.as_ref().is_some_and(Head::lists_tokens) {
+            return Ok(None);
+        }
+        state.join(&[Phase::Ready, Phase::Claimed])
+    }
+
+    /// The entry of the page's token list with this digest. It looks at all of them, so that the
+    /// time does not tell which it is.
+    pub(crate) fn find_token(&self, digest: &Digest) -> Option<usize> {
+        let state = self.state.lock();
+        let head = state.head.as_ref().filter(|head| head.lists_tokens())?;
+        let mut found = None;
+        for entry in 0..MAX_TOKENS {
+            if head.lists(entry, digest) {
+                found = Some(entry);
+            }
+        }
+        found
+    }
+
+    /// Uses the token of an entry, once: whether it was still to be used.
+    pub(crate) fn use_token(&self, entry: usize, digest: &Digest) -> bool {
+        let state = self.state.lock();
+        let Some(head) = &state.head else {
+            return false;
+        };
+        if head.u32_at(used_at(entry)) == mark(digest) {
             return false;
         }
-        let mut state = self.state.lock();
-        let is_free = state.phase == Phase::Ready;
-        if is_free {
-            state.phase = Phase::Claimed;
-        }
-        is_free
+        head.page.write_u32(used_at(entry), mark(digest));
+        // The host withdraws a token, and then looks at the mark: one of both sees the other.
+        mb(Full);
+        head.lists(entry, digest)
     }
 
     /// For the file that has it: uses the page. `None` where something was unplugged.
@@ -285,29 +374,42 @@ impl Slot {
         }
     }
 
-    /// For the file that has it: nothing of a generation before this one is used any more.
-    pub(crate) fn followed(&self, generation: u64) {
-        self.with_page(|page| page.write_u64(SEEN_AT, generation));
+    /// For a user: nothing of a generation before this one is used any more.
+    pub(crate) fn followed(&self, user: u64, generation: u64) {
+        let mut state = self.state.lock();
+        state.users.follow(user, generation);
+        state.acknowledge();
     }
 
-    /// The file that has it did not come to use it: another one may take it.
-    pub(crate) fn put_back(self: &Arc<Self>) {
+    /// A user did not come to use it: another one may take it.
+    pub(crate) fn put_back(self: &Arc<Self>, user: u64) {
+        self.leave(user, Phase::Ready);
+    }
+
+    /// A user uses nothing of it any more.
+    pub(crate) fn let_go(self: &Arc<Self>, user: u64) {
+        self.leave(user, Phase::Used);
+    }
+
+    /// Removes a user; the last one leaves the slot in this phase, unless it lists tokens.
+    fn leave(self: &Arc<Self>, user: u64, phase: Phase) {
         let mut state = self.state.lock();
-        if state.phase == Phase::Claimed && state.head.is_some() {
-            state.phase = Phase::Ready;
-            self.look_in(0);
+        if !state.users.remove(user) {
+            return;
         }
-    }
-
-    /// The file that has it uses nothing of it any more.
-    pub(crate) fn let_go(self: &Arc<Self>) {
-        let mut state = self.state.lock();
-        if matches!(state.phase, Phase::Claimed | Phase::Lost) {
-            state.phase = Phase::Used;
-            // Not after function 0 was unbound: it has waited for the work.
-            if state.head.is_some() {
-                self.look_in(0);
-            }
+        if state.users.followed().is_some() {
+            state.acknowledge();
+            return;
+        }
+        let is_shared = state.head.as_ref().is_some_and(Head::lists_tokens);
+        state.phase = match state.phase {
+            Phase::Lost => Phase::Used,
+            _ if is_shared => Phase::Ready,
+            _ => phase,
+        };
+        // Not after function 0 was unbound: it has waited for the work.
+        if state.head.is_some() {
+            self.look_in(0);
         }
     }
 

@@ -8,6 +8,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 
 use crate::abi::descriptor::{DescriptorError, COMPLAINT_INVALID, SLOT_WINDOWS};
+use crate::abi::token_list::{self, Digest};
 use crate::slot::{Head, Slot, Window};
 use crate::snapshot::{CheckError, PageCopy, Snapshot};
 use crate::sys::lock::StaticMutex;
@@ -147,31 +148,88 @@ fn look(slots: &Slots, digest: &[u8; 32], copy: &PageCopy) -> Result<Snapshot, O
     })
 }
 
-/// A slot that a file has. No other file gets it, also not later.
+/// A slot that a file has. No other file gets it, also not later, unless it lists tokens.
 pub(crate) struct Claim {
     slot: Arc<Slot>,
-    /// Not after it was put back: another file may have it then.
-    is_held: bool,
+    user: u64,
 }
 
 /// Takes the slot whose token has this digest: `ENOENT` where none has, or it was taken before.
 pub(crate) fn claim(digest: &[u8; 32]) -> Result<Claim> {
-    SLOTS
-        .lock()
-        .iter()
-        .find(|slot| slot.claim(digest))
-        .map(|slot| Claim {
-            slot: slot.clone(),
-            is_held: true,
+    for slot in SLOTS.lock().iter() {
+        if let Some(user) = slot.claim(digest)? {
+            return Ok(Claim {
+                slot: slot.clone(),
+                user,
+            });
+        }
+    }
+    Err(ENOENT)
+}
+
+/// A token of a slot's token list, not used yet.
+pub(crate) struct ListedToken {
+    slot: Arc<Slot>,
+    entry: usize,
+    digest: Digest,
+}
+
+/// Finds the token with this SHA-256 in the token lists: `ENOENT` where none has it.
+pub(crate) fn find_token(sha256: &[u8; 32]) -> Result<ListedToken> {
+    let digest = token_list::digest(sha256);
+    let mut found = None;
+    for slot in SLOTS.lock().iter() {
+        if let Some(entry) = slot.find_token(&digest) {
+            found = Some((slot.clone(), entry));
+        }
+    }
+    let (slot, entry) = found.ok_or(ENOENT)?;
+    Ok(ListedToken {
+        slot,
+        entry,
+        digest,
+    })
+}
+
+impl ListedToken {
+    /// Takes its slot for one more file. The token stays good.
+    pub(crate) fn share(&self) -> Result<Claim> {
+        let user = self.slot.share()?.ok_or(ENOENT)?;
+        Ok(Claim {
+            slot: self.slot.clone(),
+            user,
         })
-        .ok_or(ENOENT)
+    }
+
+    /// Uses it: `ENOENT` where it was used or withdrawn meanwhile.
+    pub(crate) fn use_once(&self) -> Result {
+        if self.slot.use_token(self.entry, &self.digest) {
+            Ok(())
+        } else {
+            Err(ENOENT)
+        }
+    }
+
+    /// Whether the claim is of its slot.
+    pub(crate) fn is_of(&self, claim: &Claim) -> bool {
+        Arc::ptr_eq(&self.slot, &claim.slot)
+    }
 }
 
 impl Claim {
+    /// The file uses nothing of it any more.
+    pub(crate) fn let_go(&self) {
+        self.slot.let_go(self.user);
+    }
+
     /// The file did not come to use it: another one may take it.
-    pub(crate) fn put_back(mut self) {
-        self.is_held = false;
-        self.slot.put_back();
+    pub(crate) fn put_back(&self) {
+        self.slot.put_back(self.user);
+    }
+
+    /// Nothing of a generation before this one is used any more.
+    pub(crate) fn followed(&self, generation: u64) {
+        self.slot.followed(self.user, generation);
     }
 
     /// Where window `number` is.
@@ -196,8 +254,6 @@ impl Deref for Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if self.is_held {
-            self.slot.let_go();
-        }
+        self.let_go();
     }
 }

@@ -28,6 +28,11 @@ static const unsigned char digests[3][32] = {
 	  0x65, 0xfd, 0xdb, 0xe8, 0xeb, 0x2e, 0x93, 0x03, 0x96, 0x33, 0xfe, 0xfa, 0x05, 0xd4, 0x5e, 0x31 },
 };
 
+const unsigned char *plug_digest(int token)
+{
+	return digests[token];
+}
+
 static int sysfs_write(const char *path, const char *text)
 {
 	int fd = open(path, O_WRONLY), error = 0;

@@ -38,6 +38,8 @@ struct kvmmem_descriptor *page_of(int head);
 unsigned long *shared(unsigned long offset);
 unsigned long shared_content(unsigned long gpa);
 
+/* SHA-256 of this token, whose first byte is its number. */
+const unsigned char *plug_digest(int token);
 /* Writes a page for this token's first byte; shows other ranges at a higher generation. */
 void plug_writes(int head, int token, int number);
 void plug_shows(int head, unsigned int rights, const struct kvmmem_window_range *ranges, int count);
@@ -77,6 +79,7 @@ int enablers(const char *function);
 
 void test_plug(void);
 void test_unplug(void);
+void test_window_page(void);
 void test_malformed_devices(void);
 void test_plug_storm(void);
 void test_failing_plug(void);

@@ -6,6 +6,7 @@ use core::marker::PhantomData;
 use core::ops::Deref;
 
 use kernel::bindings;
+use kernel::fs::File;
 use kernel::miscdevice::MiscDevice;
 use kernel::mm::virt::{flags, VmaNew, VmaRef};
 use kernel::prelude::*;
@@ -24,6 +25,12 @@ extern "C" {
 pub(crate) trait Areas: MiscDevice<Ptr = Pin<KBox<Self>>> {
     /// Maps one page, of any size.
     fn fault(&self, fault: &Fault) -> Result<FaultResult, FaultError>;
+
+    /// There is one more counted area: a part of another one, or one that is moved.
+    fn area_opened();
+
+    /// A counted area is gone.
+    fn area_closed();
 }
 
 /// A shared area that is being set up.
@@ -68,6 +75,25 @@ impl<'a, T: Areas> NewArea<'a, T> {
         }
     }
 
+    /// Says to [`Areas`] how many such areas there are, if pages come by faults; else nothing. The
+    /// caller counts this one.
+    pub(crate) fn count(&self) {
+        let vma = self.as_ptr();
+        // SAFETY: by the type's invariant no other thread uses the area. Its operations are null or
+        // a valid table, and where `fill_by_faults` has set them `COUNTED` will do as well.
+        unsafe {
+            if core::ptr::eq((*vma).vm_ops, Self::OPERATIONS) {
+                (*vma).vm_ops = Self::COUNTED;
+            }
+        }
+    }
+
+    const COUNTED: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
+        open: Some(area_opened::<T>),
+        close: Some(area_closed::<T>),
+        ..*Self::OPERATIONS
+    };
+
     const OPERATIONS: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
         fault: Some(fault::<T>),
         huge_fault: Some(huge_fault::<T>),
@@ -88,6 +114,32 @@ pub(crate) fn file_offset(area: &VmaRef) -> Option<u64> {
     // SAFETY: a `VmaRef` exists only while the area is locked at least for reading.
     let pgoff = unsafe { (*area.as_ptr()).vm_pgoff };
     PAGE_SIZE.checked_mul(pgoff as u64)
+}
+
+/// Whether [`NewArea::<T>::count`] has set the area up.
+pub(crate) fn is_counted<T: Areas>(area: &VmaRef) -> bool {
+    // SAFETY: a `VmaRef` exists only while the area is locked at least for reading, so its
+    // operations, which are null or a valid table, do not change.
+    let operations = unsafe { (*area.as_ptr()).vm_ops.as_ref() };
+    operations
+        .and_then(|table| table.close)
+        .map(|close| close as usize)
+        == Some(area_closed::<T> as usize)
+}
+
+/// Whether an area is one of this file.
+pub(crate) fn is_of(area: &VmaRef, file: &File) -> bool {
+    // SAFETY: a `VmaRef` exists only while the area is locked at least for reading, so its file does
+    // not change.
+    core::ptr::eq(unsafe { (*area.as_ptr()).vm_file }, file.as_ptr())
+}
+
+extern "C" fn area_opened<T: Areas>(_vma: *mut bindings::vm_area_struct) {
+    T::area_opened();
+}
+
+extern "C" fn area_closed<T: Areas>(_vma: *mut bindings::vm_area_struct) {
+    T::area_closed();
 }
 
 /// # Safety

@@ -89,6 +89,17 @@ impl<T> PinnedDrop for Registration<T> {
     }
 }
 
+/// The private data of an open file, if it is one of a [`Registration<T>`].
+pub(crate) fn data<T: Device>(file: &File) -> Option<Pin<&T>> {
+    let file = file.as_ptr();
+    // SAFETY: an open file has a table of operations, which it does not change.
+    let operations = unsafe { &*(*file).f_op };
+    let is_ours = operations.poll.map(|poll| poll as usize) == Some(poll::<T> as usize);
+    // SAFETY: `poll::<T>` is in the table of a `Registration<T>` only, whose files have what
+    // `MiscDevice` put there as their private data, until the last reference to the file is gone.
+    is_ours.then(|| unsafe { <T::Ptr as ForeignOwnable>::borrow((*file).private_data) })
+}
+
 /// # Safety
 ///
 /// `file` is an open file of a [`Registration<T>`].
