@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport, VmIdentity};
 use kvmmem_proto::scope::Rights;
 
@@ -100,10 +101,7 @@ impl Broker {
                 Answer::Policy { policy }.into()
             }
             Reply::Revoking { grant, revocation } => {
-                let revoked = self.await_confirmations(&revocation);
-                let (target, outcome) = (revocation.target, &revoked);
-                self.audit().write(Event::Revoked { grant, target, outcome, by });
-                Answer::Revoked(revoked).into()
+                Answer::Revoked(self.await_revocation(grant, &revocation, by)).into()
             }
             Reply::Closing { view } => {
                 // Those that were looked up while the view was open.
@@ -252,6 +250,26 @@ impl Broker {
         self.decide(|tables| tables.core.confirm(now, grant, peer.number()));
     }
 
+    /// Revokes a grant; nothing, where it has ended.
+    pub(crate) fn revoke(&self, grant: u64, by: Credentials) {
+        let now = self.now();
+        if let Ok(revocation) = self.decide(|tables| tables.core.revoke(now, grant)) {
+            self.await_revocation(grant, &revocation, by);
+        }
+    }
+
+    fn await_revocation(
+        &self,
+        grant: u64,
+        revocation: &Revocation,
+        by: Credentials,
+    ) -> RevokeReport {
+        let revoked = self.await_confirmations(revocation);
+        let (target, outcome) = (revocation.target, &revoked);
+        self.audit().write(Event::Revoked { grant, target, outcome, by });
+        revoked
+    }
+
     /// Waits until all peers of a revocation have confirmed or ended, at most 2 s.
     fn await_confirmations(&self, revocation: &Revocation) -> RevokeReport {
         let (number, began) = (revocation.number, Instant::now());
@@ -272,7 +290,6 @@ impl Broker {
 mod tests {
     use std::sync::mpsc;
 
-    use kvmmem_proto::credentials::Credentials;
     use kvmmem_proto::packet::PacketSocket;
 
     use super::*;

@@ -109,13 +109,14 @@ impl Hooks {
         Ok(hook)
     }
 
-    /// Undoes a hook.
-    pub(crate) fn remove(&self, endpoint: &Endpoint) -> Result<(), HookError> {
+    /// Undoes a hook; returns whose it was.
+    pub(crate) fn remove(&self, endpoint: &Endpoint) -> Result<Owner, HookError> {
         let mut list = self.lock();
         let index = list.hooks.iter().position(|hook| hook.endpoint == *endpoint);
         let index = index.ok_or_else(|| HookError::Unknown(endpoint.clone()))?;
-        list.hooks.swap_remove(index).stop();
-        Ok(())
+        let hook = list.hooks.swap_remove(index);
+        hook.stop();
+        Ok(hook.owner)
     }
 
     /// Undoes the hooks to tools in a VM that is gone; returns where those were.
@@ -127,6 +128,11 @@ impl Hooks {
         list.hooks = left;
         ended.iter().for_each(|hook| hook.stop());
         ended.iter().map(|hook| hook.endpoint.clone()).collect()
+    }
+
+    /// Whether one of them is to a tool in this VM.
+    pub(crate) fn has_owner(&self, vm: u64) -> bool {
+        self.lock().hooks.iter().any(|hook| hook.owner == Owner::Vm(vm))
     }
 
     /// Undoes all hooks, for good.

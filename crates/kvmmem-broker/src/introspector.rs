@@ -5,7 +5,8 @@
 //! Towards the grants an [`Introspector`] is a VMM like any other: it has a [`Peer`], which is called
 //! directly. Towards the guest a view is PCI devices ([`kvmmem_qemu::windows`]), which are plugged in
 //! when a view is opened, on the thread of its opener, and unplugged when it ends, by the
-//! introspector's one thread.
+//! introspector's one thread. One more view of a target is plugged in for the tokens that tools in
+//! the guest get over KVMI ([`token_views`]).
 //!
 //! A guest can refuse to release a device, and then its QEMU keeps the target's memory mapped.
 //! That cannot be helped from outside; so it is noticed, reported, and answered as the operator wants
@@ -29,6 +30,9 @@ mod qemu;
 mod retire;
 mod retired;
 mod thread;
+mod token_list;
+mod token_view;
+mod token_views;
 mod unplug;
 mod view;
 

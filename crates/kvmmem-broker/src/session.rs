@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a tool sees of a target over KVMI.
 
+use std::sync::Weak;
+
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::dispatch::TargetVm;
 use kvmmem_kvmi::reply::PhysicalSlot;
@@ -8,13 +10,15 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::map::PAGE_SIZE;
 
 use crate::broker::Broker;
-use crate::hook::Hook;
+use crate::hook::{Hook, Owner};
+use crate::introspector::list::Introspectors;
 use crate::ram::AccessError;
 use crate::registry::Vm;
 
 /// What a tool sees of a target.
 pub(crate) struct Session<'a> {
     pub(crate) broker: &'a Broker,
+    pub(crate) introspectors: &'a Weak<Introspectors>,
     pub(crate) vm: &'a Vm,
     pub(crate) hook: &'a Hook,
 }
@@ -64,7 +68,14 @@ impl TargetVm for Session<'_> {
         if self.hook.is_stopped() {
             return Err(KvmError::Perm);
         }
-        self.broker.mint(self.broker.now(), self.vm, self.hook.endpoint(), self.hook.owner())
+        let (endpoint, owner) = (self.hook.endpoint(), self.hook.owner());
+        let introspectors = self.introspectors.upgrade();
+        if let Owner::Vm(tool) = owner
+            && let Some(introspector) = introspectors.and_then(|all| all.get(tool))
+        {
+            return introspector.mint(self.vm, endpoint);
+        }
+        self.broker.mint(self.broker.now(), self.vm, endpoint, owner)
     }
 }
 

@@ -131,7 +131,7 @@ fn a_target_is_pushed_again_where_its_files_did_not_arrive() {
     let mut admin = broker.admin();
     let vms = admin.targets().unwrap();
     let number = |name| vms.iter().find(|vm| vm.identity.name == name).unwrap().id;
-    let mint = || broker.state.mint_token(number("tiger"), Some(number("lion"))).unwrap();
+    let mint = || broker.service.mint_token(number("tiger"), Some(number("lion"))).unwrap();
     let puma = GrantRequest { target: "puma".into(), ..request(Rights::ReadOnly) };
     let kept = lion.attach(&admin.grant(&puma).unwrap().token, &caller(), true).unwrap();
 

@@ -155,7 +155,7 @@ fn a_hook_makes_no_token_for_another_vm_with_its_context_id() {
     let broker = TestBroker::start();
     let _bank = broker.target("bank");
     let vm = broker.state.number("bank").unwrap();
-    let mint = |tool| broker.state.mint_token(vm, Some(tool));
+    let mint = |tool| broker.service.mint_token(vm, Some(tool));
     let number = |name| broker.state.number(name).unwrap();
     let lion = broker.introspector("lion", 7);
     let tool = number("lion");

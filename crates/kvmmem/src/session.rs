@@ -240,7 +240,8 @@ impl Session {
     /// ```
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Again`] if too many tokens are outstanding.
+    /// [`SessionError`]; [`KvmError::Again`] if too many tokens are outstanding, or the host is still
+    /// plugging in the view by which a guest of a stock QEMU maps pages: ask again.
     pub fn map_token(&mut self) -> Result<Token, SessionError> {
         let reply: MapToken = self.fixed(Operation::GetMapToken, &Request::GetMapToken)?;
         self.inbox.wipe();

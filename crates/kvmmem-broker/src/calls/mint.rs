@@ -8,6 +8,7 @@ use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::scope::Rights;
 
 use crate::audit::Event;
 use crate::broker::Broker;
@@ -35,12 +36,42 @@ impl Broker {
     ) -> Result<Token, KvmError> {
         let minted = self.mint_for(now, target.id(), owner);
         let (token, NewToken { grant, scope, .. }, holder) = minted.inspect_err(|error| {
-            let reason = &format!("{error:?}");
-            self.audit().write(Event::NotMinted { vm: target, endpoint, reason });
+            self.not_minted(target, endpoint, *error);
         })?;
         let (vm, scope, holder) = (target, &scope, holder.as_deref());
         self.audit().write(Event::NewToken { vm, endpoint, grant, scope, holder });
         Ok(token)
+    }
+
+    /// The same for a tool in VM `tool`, but an error is the caller's to write down; returns the
+    /// grant and the rights as well.
+    pub(crate) fn mint_granted(
+        &self,
+        target: &Vm,
+        endpoint: &Endpoint,
+        tool: u64,
+    ) -> Result<(Token, u64, Rights), KvmError> {
+        let minted = self.mint_for(self.now(), target.id(), Owner::Vm(tool))?;
+        let (token, NewToken { grant, scope, .. }, holder) = minted;
+        let (rights, vm, holder) = (scope.rights, target, holder.as_deref());
+        self.audit().write(Event::NewToken { vm, endpoint, grant, scope: &scope, holder });
+        Ok((token, grant, rights))
+    }
+
+    /// Writes down that a token was not made.
+    pub(crate) fn not_minted(&self, target: &Vm, endpoint: &Endpoint, error: KvmError) {
+        let reason = &format!("{error:?}");
+        self.audit().write(Event::NotMinted { vm: target, endpoint, reason });
+    }
+
+    /// Ends a grant whose token was not given out.
+    pub(crate) fn withdraw(&self, grant: u64) {
+        let now = self.now();
+        self.decide(|tables| {
+            if let Ok(revocation) = tables.core.revoke(now, grant) {
+                tables.core.end_revocation(revocation.number);
+            }
+        });
     }
 
     #[allow(clippy::type_complexity, reason = "the token and the introspector that has it")]
@@ -91,8 +122,8 @@ impl Broker {
     /// Makes a token as a hook of a target gets it whose tool is in VM `tool`, or on the host.
     ///
     /// # Errors
-    /// What the tool would get.
-    pub fn mint_token(&self, target: u64, tool: Option<u64>) -> Result<Token, KvmError> {
+    /// As [`Self::mint`].
+    pub(crate) fn mint_token(&self, target: u64, tool: Option<u64>) -> Result<Token, KvmError> {
         let by = Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() };
         let endpoint = Endpoint::Unix("tool".into());
         let target = self.vm(target).ok_or(KvmError::OpNotSupp)?;

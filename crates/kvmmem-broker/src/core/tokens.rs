@@ -55,13 +55,34 @@ impl Core {
         self.vms.get(tool).filter(|vm| vm.identity.introspector).map(|vm| vm.peer)
     }
 
+    /// What a token may allow that is made for a target whose tool is in VM `tool`, or on the host.
+    ///
+    /// # Errors
+    /// EPERM where the tool is in the target itself or its VM is gone, or the target's policy
+    /// allows none, EOPNOTSUPP where the target is gone, or its RAM is private and the tool in an
+    /// introspector.
+    pub(crate) fn may_mint(&self, target: u64, tool: Option<u64>) -> Result<Scope, KvmError> {
+        let vm = self.vms.get(target).ok_or(KvmError::OpNotSupp)?;
+        let scope = self.policies.of(vm.identity.uuid).scope().ok_or(KvmError::Perm)?;
+        // Not by the context id, which may be another VM's by now.
+        let tool = tool.map(|tool| self.vms.get(tool).ok_or(KvmError::Perm)).transpose()?;
+        let Some(holder) = tool.filter(|vm| vm.identity.introspector) else {
+            return Ok(scope);
+        };
+        if holder.id == target {
+            return Err(KvmError::Perm);
+        }
+        if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
+            return Err(KvmError::OpNotSupp);
+        }
+        Ok(scope)
+    }
+
     /// Makes a token for a target whose tool is in VM `tool`, or on the host. Where that VM is a
     /// registered introspector, the token is pushed there and is good there only.
     ///
     /// # Errors
-    /// EAGAIN where too many are outstanding, EPERM where the tool is in the target itself or its
-    /// VM is gone, or the target's policy allows none, EOPNOTSUPP where the target is gone, or its
-    /// RAM is private and the tool in an introspector.
+    /// EAGAIN where too many are outstanding, and those of [`Self::may_mint`].
     pub(crate) fn mint(
         &mut self,
         now: Instant,
@@ -70,19 +91,11 @@ impl Core {
         token: &Token,
         may_get_files: bool,
     ) -> Result<NewToken, KvmError> {
-        let vm = self.vms.get(target).ok_or(KvmError::OpNotSupp)?;
-        let (uuid, by) = (vm.identity.uuid, vm.vmm);
-        let scope = self.policies.of(uuid).scope().ok_or(KvmError::Perm)?;
-        // Not by the context id, which may be another VM's by now.
-        let tool = tool.map(|tool| self.vms.get(tool).ok_or(KvmError::Perm)).transpose()?;
-        let holder = tool.filter(|vm| vm.identity.introspector);
+        let scope = self.may_mint(target, tool)?;
+        let by = self.vms.get(target).ok_or(KvmError::OpNotSupp)?.vmm;
+        let holder = tool.and_then(|tool| self.vms.get(tool));
+        let holder = holder.filter(|vm| vm.identity.introspector);
         let holder = holder.map(|vm| (vm.id, vm.peer, vm.identity.uuid));
-        if holder.is_some_and(|(vm, ..)| vm == target) {
-            return Err(KvmError::Perm);
-        }
-        if holder.is_some() && vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
-            return Err(KvmError::OpNotSupp);
-        }
         let terms = |holder| Terms {
             target,
             scope: scope.clone(),

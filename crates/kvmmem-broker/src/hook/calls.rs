@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What operators ask for: hooks made and undone.
 
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Refusal};
@@ -44,8 +46,14 @@ impl Service {
             self.broker().end_hooks(&vm, tool);
             return Err(CallError::new(Refusal::Unknown, "the tool's VM has just ended"));
         }
-        let started =
-            driver::start(self.broker(), (self.reactor(), self.sessions()), &vm, hook, counted);
+        let started = driver::start(
+            self.broker(),
+            self.introspectors(),
+            (self.reactor(), self.sessions()),
+            &vm,
+            hook,
+            counted,
+        );
         if let Err(error) = started {
             // It was there a moment ago; a racing unhook is as good.
             let _ = vm.hooks().remove(&endpoint);
@@ -78,7 +86,8 @@ impl Service {
         }
     }
 
-    /// Undoes a hook.
+    /// Undoes a hook. With the last one to an introspector under a stock QEMU, what tools there
+    /// have mapped of the target ends.
     pub(crate) fn unhook(
         &self,
         peer: Credentials,
@@ -86,8 +95,25 @@ impl Service {
         endpoint: &Endpoint,
     ) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
-        vm.hooks().remove(endpoint)?;
+        let owner = vm.hooks().remove(endpoint)?;
         self.broker().audit().write(Event::Hook { vm: &vm, endpoint, on: false, by: peer });
+        if let Owner::Vm(tool) = owner
+            && let Some(introspector) = self.introspectors().get(tool)
+        {
+            introspector.unhooked(&vm, peer);
+        }
         Ok(Answer::Done)
+    }
+
+    /// Makes a token as a hook of a target gets it whose tool is in VM `tool`, or on the host.
+    ///
+    /// # Errors
+    /// As where a tool asks for one.
+    pub fn mint_token(&self, target: u64, tool: Option<u64>) -> Result<Token, KvmError> {
+        let introspector = tool.and_then(|tool| self.introspectors().get(tool));
+        match introspector.zip(self.broker().vm(target)) {
+            Some((introspector, vm)) => introspector.mint(&vm, &Endpoint::Unix("tool".into())),
+            None => self.broker().mint_token(target, tool),
+        }
     }
 }

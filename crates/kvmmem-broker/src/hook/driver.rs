@@ -23,6 +23,7 @@ use crate::audit::Event;
 use crate::broker::Broker;
 use crate::connect::{connect_to_tool, is_connected};
 use crate::core::call_error::in_words;
+use crate::introspector::list::Introspectors;
 use crate::reactor::{READABLE, Reactor, Token, WRITABLE};
 use crate::registry::Vm;
 use crate::session::Session;
@@ -44,6 +45,7 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 
 struct Driver {
     broker: Weak<Broker>,
+    introspectors: Weak<Introspectors>,
     reactor: Reactor,
     workers: Workers,
     vm: Arc<Vm>,
@@ -78,6 +80,7 @@ enum WaitFor {
 /// Starts to drive a hook of `vm`. That ends with the hook.
 pub(crate) fn start(
     broker: &Arc<Broker>,
+    introspectors: &Arc<Introspectors>,
     (reactor, workers): (&Reactor, &Workers),
     vm: &Arc<Vm>,
     hook: Arc<Hook>,
@@ -88,6 +91,7 @@ pub(crate) fn start(
     let token = reactor.insert_with(|token| {
         let driver = Arc::new(Driver {
             broker: Arc::downgrade(broker),
+            introspectors: Arc::downgrade(introspectors),
             reactor: reactor.clone(),
             workers: workers.clone(),
             vm: Arc::clone(vm),
@@ -105,6 +109,12 @@ pub(crate) fn start(
 }
 
 impl Driver {
+    /// What the tool sees of the target.
+    fn session<'a>(&'a self, broker: &'a Broker) -> Session<'a> {
+        let introspectors = &self.introspectors;
+        Session { broker, introspectors, vm: &self.vm, hook: &self.hook }
+    }
+
     /// Has a worker take a step. A hook that was undone while it has no connection ends at once: its
     /// path's file system may not answer for ever.
     fn run(self: &Arc<Self>) {
@@ -220,7 +230,7 @@ impl Driver {
         };
         match opened {
             Ok(socket) if self.hook.open(&socket) => {
-                let session = Session { broker, vm: &self.vm, hook: &self.hook };
+                let session = self.session(broker);
                 let connection = Box::new(Connection::new(&session, Limits::default()));
                 work.stage = Stage::Serving(socket, connection);
                 WaitFor::Again
@@ -250,7 +260,7 @@ impl Driver {
         socket: Arc<OwnedFd>,
         mut connection: Box<Connection>,
     ) -> WaitFor {
-        let session = Session { broker, vm: &self.vm, hook: &self.hook };
+        let session = self.session(broker);
         let mut space = Workspace::default();
         let ended = loop {
             let was_greeted = connection.is_greeted();

@@ -19,6 +19,7 @@ use super::list::MAX;
 use super::qemu::Qemu;
 use super::retired::RetiredPorts;
 use super::thread;
+use super::token_list::TokenViews;
 use super::view::View;
 use crate::audit::Event;
 use crate::core::call_error::CallError;
@@ -159,6 +160,8 @@ impl Service {
             process,
             traits,
             state: Mutex::new(State { views, retired, ..State::default() }),
+            token_views: TokenViews::default(),
+            workers: self.services().clone(),
             ended: Condvar::new(),
         });
         Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))

@@ -94,12 +94,13 @@ impl Introspector {
         lock(&self.state).views.retain(|other| !Arc::ptr_eq(other, view));
         self.link.detached(view.number);
         view.settle_closed();
-        self.confirm(view.grant);
+        view.grants().into_iter().for_each(|grant| self.confirm(grant));
     }
 
     /// Confirms a revocation, where the guest reaches nothing any more by that grant.
     pub(super) fn confirm(&self, grant: u64) {
-        let is_held = self.views().iter().any(|view| view.grant == grant && view.is_reachable());
+        let is_by = |view: &View| view.grants().contains(&grant);
+        let is_held = self.views().iter().any(|view| is_by(view) && view.is_reachable());
         let mut state = lock(&self.state);
         if (!is_held || !self.is_alive()) && state.unconfirmed.remove(&grant) {
             drop(state);

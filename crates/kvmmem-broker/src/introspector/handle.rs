@@ -14,10 +14,12 @@ use super::inbox::{Inbox, Notice};
 use super::link::Link;
 use super::qemu::Qemu;
 use super::retired::RetiredPorts;
+use super::token_list::TokenViews;
 use super::view::View;
 use crate::audit::Audit;
 use crate::broker::Broker;
 use crate::sync::{lock, wait_while};
+use crate::workers::Workers;
 
 /// A VM under a stock QEMU that may look at others.
 pub struct Introspector {
@@ -29,6 +31,9 @@ pub struct Introspector {
     pub(super) process: Process,
     pub(super) traits: Traits,
     pub(super) state: Mutex<State>,
+    pub(super) token_views: TokenViews,
+    /// The threads that ask QEMU.
+    pub(super) workers: Workers,
     /// Signalled when the thread has ended.
     pub(super) ended: Condvar,
 }

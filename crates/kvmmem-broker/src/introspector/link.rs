@@ -101,6 +101,22 @@ impl Link {
         self.broker.upgrade()?.vm(id)
     }
 
+    /// Reports that the guest has used a token for a page.
+    pub(super) fn used(&self, token: &Token) {
+        if let Some(broker) = self.broker.upgrade() {
+            // It is refused where the grant was revoked meanwhile.
+            let call = Call::Used { token: token.clone() };
+            let _ = broker.handle(&self.peer, Some(&self.vm), call);
+        }
+    }
+
+    /// The target of which the guest has mapped a page by a grant.
+    pub(super) fn mapped(&self, grant: u64) -> Option<u64> {
+        let broker = self.broker.upgrade()?;
+        let tables = broker.tables();
+        tables.core.grants.mapped(grant, self.peer.number())
+    }
+
     /// Reports that a view is closed. One that has ended is the broker's no more.
     pub(super) fn detached(&self, view: u64) {
         if let (Some(broker), Some(_)) = (self.broker.upgrade(), self.target_of(view)) {

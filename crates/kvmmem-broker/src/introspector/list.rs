@@ -47,7 +47,7 @@ impl Introspectors {
     }
 
     /// One by the broker's number for its VM.
-    pub(super) fn get(&self, vm: u64) -> Option<Arc<Introspector>> {
+    pub(crate) fn get(&self, vm: u64) -> Option<Arc<Introspector>> {
         lock(&self.list).get(&vm).map(|(introspector, _)| Arc::clone(introspector))
     }
 

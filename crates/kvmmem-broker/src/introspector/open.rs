@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::descriptor::Descriptor;
+use kvmmem_abi::errno::KvmError;
 use kvmmem_abi::native::{RIGHT_READ, RIGHT_WRITE, STATE_GONE, STATE_OPEN};
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::guest::MappedBy;
@@ -71,6 +72,9 @@ pub enum OpenError {
          kvmmem introspector add --trusted on the host"
     )]
     Untrusted,
+    /// No token was made for a view that is opened for tokens.
+    #[error("no token can be made for the view: {0:?}")]
+    Mint(KvmError),
     /// The introspector is being taken out.
     #[error("this VM is no introspector any more")]
     Closed,
@@ -123,9 +127,10 @@ impl From<OpenError> for CallError {
         let refusal = match &error {
             OpenError::Token { refusal, .. } => *refusal,
             OpenError::Ended => Refusal::Unknown,
-            OpenError::Untrusted | OpenError::Closed | OpenError::WindowLayout(_) => {
-                Refusal::Denied
-            }
+            OpenError::Untrusted
+            | OpenError::Mint(_)
+            | OpenError::Closed
+            | OpenError::WindowLayout(_) => Refusal::Denied,
             OpenError::NoPlace { .. } | OpenError::Descriptor(_) | OpenError::Ticket => {
                 Refusal::Limit
             }
@@ -154,23 +159,34 @@ impl Introspector {
         if mapped_by == MappedBy::Library && !self.traits.trust.is_trusted {
             return Err(OpenError::Untrusted);
         }
+        let (view, ticket) = self.plug(token, caller, read_only, (mapped_by, 0))?;
+        Ok(OpenView { introspector: Arc::clone(self), view, ticket, mapped_by })
+    }
+
+    /// The same for a view with `FLAG_*`; the caller ends it.
+    pub(super) fn plug(
+        &self,
+        token: &Token,
+        caller: &Caller,
+        read_only: bool,
+        (mapped_by, flags): (MappedBy, u32),
+    ) -> Result<(Arc<View>, Token), OpenError> {
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
         // Before the token is used: there is at least one slot.
         let slots = machine::slots(&mut qmp)?;
         self.free(&lock(&self.state), &slots, 1)?;
         // What QEMU has reported by now concerns views that were there before.
         let since = self.monitor.counts();
+        self.withdraw_token(token);
         let attached = self.link.attach(token, caller, read_only);
         let attached = attached
             .map_err(|CallError { refusal, message }| OpenError::Token { refusal, message })?;
         let view = Arc::new(View::new(&attached, since));
         lock(&self.state).views.push(Arc::clone(&view));
-        let shown = self.show((&view, mapped_by), &attached, &slots, &mut qmp);
+        let shown = self.show((&view, mapped_by), &attached, flags, &slots, &mut qmp);
         let is_open = view.opened(shown.is_ok());
         let error = match shown {
-            Ok(ticket) if is_open => {
-                return Ok(OpenView { introspector: Arc::clone(self), view, ticket, mapped_by });
-            }
+            Ok(ticket) if is_open => return Ok((view, ticket)),
             Ok(_) => OpenError::Ended,
             Err(error) => error,
         };
@@ -184,6 +200,7 @@ impl Introspector {
         &self,
         (view, mapped_by): (&Arc<View>, MappedBy),
         attached: &ViewGrant,
+        flags: u32,
         slots: &PciSlots,
         qmp: &mut Qmp,
     ) -> Result<Token, OpenError> {
@@ -214,6 +231,7 @@ impl Introspector {
             token_digest: Sha256::digest(*Zeroizing::new(ticket.to_bytes())).into(),
             uuid: target.identity().uuid.into_bytes(),
             instance: memory.generation,
+            flags,
             ..Descriptor::default()
         };
         let pages = Pages::new(descriptor, layout.ranges, needed).map_err(OpenError::Descriptor)?;

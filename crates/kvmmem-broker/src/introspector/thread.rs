@@ -117,7 +117,12 @@ impl Thread {
         match notice {
             Notice::Revoked(grant) => {
                 lock(&self.it.state).unconfirmed.insert(grant);
-                self.end_views(Cause::Revoked, |view| view.grant == grant);
+                let mapped = self.it.mapped_by(grant);
+                // Which pages of such a view are by this grant, only the guest knows.
+                let is_mapped = |view: &View| Some(view.target) == mapped && view.lists_tokens();
+                self.end_views(Cause::Revoked, |view| {
+                    view.grant == grant || (is_mapped(view) && view.ends_by(grant))
+                });
                 // Now, or when the last of them is gone.
                 self.it.confirm(grant);
             }
@@ -209,7 +214,8 @@ impl Thread {
             }
         }
         let is_killed = self.killed.filter(|_| is_alive);
-        next.extend([self.retry, self.end, is_killed].into_iter().flatten());
+        let tokens = self.it.tend_tokens(now);
+        next.extend([self.retry, self.end, is_killed, tokens].into_iter().flatten());
         next.into_iter().min()
     }
 
@@ -219,7 +225,7 @@ impl Thread {
         self.verdicts.iter_mut().for_each(|verdict| verdict.failed(view, is_up));
         self.retry.get_or_insert(now + self.pause);
         // What the guest has released is out of its reach, even if QEMU still has it.
-        self.it.confirm(view.grant);
+        view.grants().into_iter().for_each(|grant| self.it.confirm(grant));
     }
 
     /// Tries to unplug what is stuck, once that is due.

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
+use kvmmem_abi::descriptor::FLAG_TOKENS;
 use kvmmem_abi::native::STATE_OPEN;
 use kvmmem_proto::map::Region;
 use kvmmem_proto::scope::{Rights, Scope};
@@ -36,6 +37,8 @@ pub(super) struct View {
     pub(super) grant: u64,
     pub(super) target: u64,
     pub(super) scope: Scope,
+    /// Further grants by whose revocation it ends: those of tokens by which pages were mapped.
+    ended_by: Mutex<BTreeSet<u64>>,
     /// What it shows of the target; `None` before that is known.
     regions: Mutex<Option<Vec<Region>>>,
     /// What had happened in QEMU before it was opened, and does not end it.
@@ -98,6 +101,7 @@ impl View {
             grant,
             target,
             scope,
+            ended_by: Mutex::default(),
             regions: Mutex::default(),
             since,
             pages: Mutex::default(),
@@ -113,6 +117,28 @@ impl View {
             changed: Condvar::new(),
             waiter: Mutex::default(),
         }
+    }
+
+    /// Whether it is for tokens.
+    pub(super) fn lists_tokens(&self) -> bool {
+        lock(&self.pages).as_ref().is_some_and(|pages| pages.flags() & FLAG_TOKENS != 0)
+    }
+
+    /// Records that it ends by the revocation of a grant that is not its own. Whether it is not
+    /// closed yet.
+    pub(super) fn ends_by(&self, grant: u64) -> bool {
+        let is_left = self.phase() != Phase::Closed;
+        if is_left {
+            lock(&self.ended_by).insert(grant);
+        }
+        is_left
+    }
+
+    /// The grants by whose revocation it ends or has ended.
+    pub(super) fn grants(&self) -> BTreeSet<u64> {
+        let mut grants = lock(&self.ended_by).clone();
+        grants.insert(self.grant);
+        grants
     }
 
     pub(super) fn phase(&self) -> Phase {

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 pub(crate) mod fake_qmp;
+pub(crate) mod pair;
 pub(crate) mod qemu;
 
 use std::io::{Read, Write};
@@ -106,12 +107,12 @@ impl TestBroker {
     pub(crate) fn mint(&self, target: u64, cid: u32) -> Result<Token, KvmError> {
         let vms = self.admin().targets().unwrap();
         let tool = vms.iter().find(|vm| vm.identity.cid == Some(cid)).map_or(0, |vm| vm.id);
-        self.state.mint_token(target, Some(tool))
+        self.service.mint_token(target, Some(tool))
     }
 
     /// Makes a token as a hook to a tool on the host does.
     pub(crate) fn mint_bearer(&self, target: u64) -> Result<Token, KvmError> {
-        self.state.mint_token(target, None)
+        self.service.mint_token(target, None)
     }
 
     pub(crate) fn grants(&self) -> Vec<GrantInfo> {

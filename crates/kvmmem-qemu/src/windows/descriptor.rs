@@ -93,6 +93,11 @@ impl Pages {
         &self.files
     }
 
+    /// The view's flags, `FLAG_*` of the ABI.
+    pub fn flags(&self) -> u32 {
+        self.descriptor.flags
+    }
+
     /// The target's instance from the next [`Pages::set_state`] on.
     pub fn set_instance(&mut self, instance: u64) {
         self.descriptor.instance = instance;
@@ -171,7 +176,7 @@ fn page() -> Result<OwnedFd, Errno> {
     Ok(file)
 }
 
-fn write(file: &OwnedFd, mut bytes: &[u8], at: usize) -> Result<(), Errno> {
+pub(super) fn write(file: &OwnedFd, mut bytes: &[u8], at: usize) -> Result<(), Errno> {
     let mut at = at as u64;
     while !bytes.is_empty() {
         let count = match rustix::io::pwrite(file, bytes, at) {

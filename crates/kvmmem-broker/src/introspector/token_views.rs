@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The views that are plugged into an introspector for the tokens that its tools get over KVMI: at
+//! most one for a target and rights.
+//!
+//! The first token that a tool asks for has the view plugged in, and waits for that a moment; the
+//! view lasts until the last hook of the target to this introspector is undone, or something else
+//! ends it. Where it cannot be plugged in, tokens are made all the same and open views only.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvmmem_abi::descriptor::FLAG_TOKENS;
+use kvmmem_abi::errno::KvmError;
+use kvmmem_kvmi::token::Token;
+use kvmmem_proto::credentials::Credentials;
+use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::guest::MappedBy;
+use kvmmem_proto::limit::RateLimit;
+use kvmmem_proto::message::Caller;
+use kvmmem_proto::scope::Rights;
+
+use super::handle::Introspector;
+use super::open::OpenError;
+use super::token_list::{Entry, List, State};
+use super::token_view::TokenView;
+use crate::broker::Broker;
+use crate::core::call_error::in_words;
+use crate::registry::Vm;
+use crate::sync::lock;
+use crate::workers::Party;
+
+/// How long one tool of an introspector waits for the view before it is asked to come again.
+const WAIT: Duration = Duration::from_secs(1);
+
+/// How long no view is plugged in after that has failed, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// A guest can cause these at will.
+static WARNINGS: RateLimit = RateLimit::new(5);
+
+impl Introspector {
+    /// Makes a token for a tool of this VM, and lists it in the page of the view by which the guest's
+    /// driver serves MAP.
+    ///
+    /// # Errors
+    /// Those of [`Broker::mint`], and EAGAIN while the view is being plugged in.
+    pub(crate) fn mint(
+        self: &Arc<Self>,
+        target: &Vm,
+        endpoint: &Endpoint,
+    ) -> Result<Token, KvmError> {
+        let broker = self.broker.upgrade().ok_or(KvmError::OpNotSupp)?;
+        let tool = self.traits.vm;
+        let scope = broker.tables().core.may_mint(target.id(), Some(tool));
+        let minted = scope.and_then(|scope| {
+            let view = self.token_view(target.id(), scope.rights, endpoint)?;
+            let (token, grant, _) = broker.mint_granted(target, endpoint, tool)?;
+            if let Some(view) = view {
+                view.list(&token, grant).inspect_err(|_| broker.withdraw(grant))?;
+            }
+            Ok(token)
+        });
+        minted.inspect_err(|error| broker.not_minted(target, endpoint, *error))
+    }
+
+    /// The view in whose page a token is to be listed that allows this for a target; `None` where
+    /// it cannot be plugged in.
+    ///
+    /// # Errors
+    /// EAGAIN while it is being plugged in.
+    fn token_view(
+        self: &Arc<Self>,
+        target: u64,
+        rights: Rights,
+        endpoint: &Endpoint,
+    ) -> Result<Option<Arc<TokenView>>, KvmError> {
+        let views = &self.token_views;
+        let mut list = lock(&views.list);
+        let pause = match list.ready(target, rights) {
+            Ok(ready) => {
+                drop(list);
+                if let Some(view) = &ready {
+                    view.tend(&self.link, Instant::now());
+                }
+                return Ok(ready);
+            }
+            Err(pause) => pause,
+        };
+        if !list.is_opening(target, rights) {
+            list.set(target, rights, State::Opening { pause });
+            self.start_opening(target, rights, endpoint);
+        }
+        if std::mem::replace(&mut list.is_waiting, true) {
+            return Err(KvmError::Again);
+        }
+        let is_opening = |list: &mut List| list.is_opening(target, rights);
+        let waited = views.changed.wait_timeout_while(list, WAIT, is_opening);
+        let (mut list, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        list.is_waiting = false;
+        list.ready(target, rights).map_err(|_| KvmError::Again)
+    }
+
+    fn start_opening(self: &Arc<Self>, target: u64, rights: Rights, endpoint: &Endpoint) {
+        let (it, endpoint) = (Arc::clone(self), endpoint.clone());
+        let job = move || it.open_token_view(target, rights, &endpoint);
+        self.workers.run(Party::Cid(self.cid()), job);
+    }
+
+    fn open_token_view(self: &Arc<Self>, target: u64, rights: Rights, endpoint: &Endpoint) {
+        let Some(broker) = self.broker.upgrade() else { return };
+        let opened = self.plug_token_view(&broker, target, rights, endpoint);
+        let views = &self.token_views;
+        let mut list = lock(&views.list);
+        let Some(State::Opening { pause }) = list.find(target, rights) else { return };
+        let pause = *pause;
+        let state = match opened {
+            Ok(view) => State::Open(Arc::new(view)),
+            Err(error) => {
+                self.warn(target, &error);
+                let next = (pause * 2).min(LONGEST_PAUSE);
+                State::Failed { until: Instant::now() + pause, pause: next }
+            }
+        };
+        list.set(target, rights, state);
+        views.changed.notify_all();
+        drop(list);
+        // A hook that was undone meanwhile has found no view to end.
+        if let Some(vm) = broker.vm(target) {
+            self.unhooked(&vm, vm.peer().credentials());
+        }
+    }
+
+    fn plug_token_view(
+        self: &Arc<Self>,
+        broker: &Broker,
+        target: u64,
+        rights: Rights,
+        endpoint: &Endpoint,
+    ) -> Result<TokenView, OpenError> {
+        let vm = broker.vm(target).ok_or(OpenError::Ended)?;
+        let minted = broker.mint_granted(&vm, endpoint, self.traits.vm);
+        let (token, _, granted) = minted.map_err(OpenError::Mint)?;
+        // The target's policy may just have changed.
+        if granted != rights {
+            return Err(OpenError::Ended);
+        }
+        let caller = Caller { pid: 0, uid: 0, comm: "kvmi".to_owned() };
+        let (view, _) = self.plug(&token, &caller, false, (MappedBy::Module, FLAG_TOKENS))?;
+        TokenView::new(view, Arc::clone(&self.inbox)).ok_or(OpenError::Ended)
+    }
+
+    fn warn(&self, target: u64, error: &OpenError) {
+        if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
+            tracing::warn!(
+                suppressed,
+                introspector = self.name(),
+                target,
+                error = in_words(error),
+                "cannot plug in the view for KVMI's tokens: its tools cannot MAP"
+            );
+        }
+    }
+
+    /// Ends the views for a target's tokens once no hook of the target leads here; returns when
+    /// they are unplugged, or the guest was waited for long enough.
+    pub(crate) fn unhooked(&self, target: &Vm, by: Credentials) {
+        let mut list = lock(&self.token_views.list);
+        if target.hooks().has_owner(self.traits.vm) {
+            return;
+        }
+        let is_of_target = |entry: &Entry| entry.target == target.id();
+        let has_failed = |entry: &Entry| matches!(entry.state, State::Failed { .. });
+        list.entries.retain(|entry| !is_of_target(entry) || !has_failed(entry));
+        let views = list.open();
+        drop(list);
+        let Some(broker) = self.broker.upgrade() else { return };
+        for view in views.iter().filter(|view| view.view.target == target.id()) {
+            broker.revoke(view.view.grant, by);
+        }
+    }
+
+    /// Withdraws the tokens that were used, have expired or are of a view that has ended; returns when
+    /// to look again.
+    pub(super) fn tend_tokens(&self, now: Instant) -> Option<Instant> {
+        let open = lock(&self.token_views.list).open();
+        let next = open.iter().filter_map(|view| view.tend(&self.link, now)).min();
+        lock(&self.token_views.list).entries.retain(|entry| match &entry.state {
+            State::Open(view) => !view.is_settled(),
+            State::Failed { until, pause } => now < *until + *pause,
+            State::Opening { .. } => true,
+        });
+        next
+    }
+
+    /// Withdraws a token that is about to be used for a view of its own.
+    pub(super) fn withdraw_token(&self, token: &Token) {
+        let open = lock(&self.token_views.list).open();
+        open.iter().for_each(|view| view.withdraw(&self.link, token));
+    }
+
+    /// The target of which pages are mapped by a token whose grant was revoked.
+    pub(super) fn mapped_by(&self, grant: u64) -> Option<u64> {
+        let open = lock(&self.token_views.list).open();
+        let used = open.iter().find(|view| view.revoke(grant)).map(|view| view.view.target);
+        used.or_else(|| self.link.mapped(grant))
+    }
+}
