@@ -3,7 +3,7 @@
  * kvmmem-raw: does to /dev/kvmmem whatever it is told, right or wrong.
  *
  * The scenarios drive it line by line over its standard input; each command is
- * answered by one line, "ok [VALUE]" or "errno NAME". It uses kvmmem.h alone, as
+ * answered by one line, "ok [VALUE]", "errno NAME" or "signal NAME". It uses kvmmem.h alone, as
  * a C tool would, and checks nothing: that is the driver's part.
  *
  *   open                       -> ok SLOT          open the device
@@ -28,6 +28,8 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -113,13 +115,28 @@ static void *new_page(const char *kind, size_t count)
 	return page;
 }
 
+static sigjmp_buf escape;
+
+static void on_signal(int number)
+{
+	siglongjmp(escape, number);
+}
+
 static void show(uint64_t address, const char *before)
 {
 	const volatile unsigned char *bytes = (const volatile unsigned char *)address;
+	unsigned char seen[SHOWN];
+	int number = sigsetjmp(escape, 1);
 
+	if (number) {
+		printf("signal SIG%s\n", sigabbrev_np(number));
+		return;
+	}
+	for (int i = 0; i < SHOWN; i++)
+		seen[i] = bytes[i];
 	printf("ok %s", before);
 	for (int i = 0; i < SHOWN; i++)
-		printf("%02x", bytes[i]);
+		printf("%02x", seen[i]);
 	printf("\n");
 }
 
@@ -254,6 +271,8 @@ int main(void)
 	for (int i = 0; i < SLOTS; i++)
 		slots[i] = -1;
 	setvbuf(stdin, NULL, _IONBF, 0);
+	signal(SIGBUS, on_signal);
+	signal(SIGSEGV, on_signal);
 	while (fgets(line, sizeof(line), stdin)) {
 		char *argv[8];
 		int argc = 0;

@@ -13,6 +13,7 @@ mod spy;
 mod timing;
 mod tokens;
 mod tour;
+mod vend;
 
 use anyhow::Result;
 use clap::Parser;
@@ -44,6 +45,8 @@ enum Verb {
     Scattered(scattered::Arguments),
     /// In the introspector: time mapping and unmapping.
     Timing(timing::Arguments),
+    /// In the introspector: print tokens.
+    Vend(vend::Arguments),
 }
 
 fn main() -> Result<()> {
@@ -57,6 +60,7 @@ fn main() -> Result<()> {
         Verb::Reads(arguments) => reads::run(&arguments),
         Verb::Scattered(arguments) => scattered::run(&arguments),
         Verb::Timing(arguments) => timing::run(&arguments),
+        Verb::Vend(arguments) => vend::run(&arguments),
     }
 }
 

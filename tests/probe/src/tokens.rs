@@ -5,16 +5,23 @@
 
 use std::collections::VecDeque;
 use std::io::stdin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kvmmem::{Endpoint, Listener, Session, Token};
+use kvmmem::{Endpoint, Listener, Session, SessionError, Token};
+use kvmmem_abi::errno::KvmError;
 use kvmmem_probe::More;
 
 use crate::say;
 
 /// How many tokens are requested at once on standard input; half of those that may be outstanding.
 const BATCH: usize = 32;
+
+/// How long to wait for the host to call, and for a token.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Before a token is asked for again.
+const PAUSE: Duration = Duration::from_millis(50);
 
 pub(crate) enum Tokens {
     Session(Session),
@@ -27,7 +34,7 @@ impl Tokens {
         Ok(match port {
             Some(port) => {
                 let listener = Listener::bind(&Endpoint::Vsock(port))?;
-                Self::Session(listener.accept(Duration::from_secs(120))?)
+                Self::Session(listener.accept(PATIENCE)?)
             }
             None => Self::Stdin(VecDeque::new()),
         })
@@ -36,7 +43,7 @@ impl Tokens {
     /// The next token; `left` is how many will be wanted, this one included.
     pub(crate) fn next(&mut self, left: usize) -> Result<Token> {
         match self {
-            Self::Session(session) => Ok(session.map_token()?),
+            Self::Session(session) => token(session),
             Self::Stdin(tokens) => {
                 if tokens.is_empty() {
                     let more = left.clamp(1, BATCH);
@@ -47,6 +54,20 @@ impl Tokens {
                 }
                 tokens.pop_front().context("no token")
             }
+        }
+    }
+}
+
+/// A token by KVMI. A host that asks to come again is asked again, as libkvmi does: under a stock
+/// QEMU it plugs a view in first.
+pub(crate) fn token(session: &mut Session) -> Result<Token> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match session.map_token() {
+            Err(SessionError::Refused { error: KvmError::Again, .. }) if Instant::now() < end => {
+                std::thread::sleep(PAUSE);
+            }
+            answer => return Ok(answer?),
         }
     }
 }

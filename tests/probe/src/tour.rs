@@ -8,7 +8,7 @@ use clap::Args;
 use kvmmem::{Device, Endpoint, Listener, PAGE_SIZE};
 use kvmmem_probe::{COUNTER, INBOX, MARKER, MARKER_LEN, hex};
 
-use crate::step;
+use crate::{step, tokens};
 
 /// How long to wait for the host to call, and for the counter to move.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let device = Device::open_default()?;
     let mut token = None;
     step("KVMI gives a token", || {
-        token = Some(session.map_token()?);
+        token = Some(tokens::token(&mut session)?);
         Ok((true, String::new()))
     })?;
     let mut mapped = None;

@@ -9,6 +9,7 @@ use kvmmem_guest::{Child, Command};
 use kvmmem_probe::{More, Step};
 use kvmmem_proto::scope::Rights;
 
+use crate::qemu::Spec;
 use crate::report::Report;
 use crate::wait::PATIENCE;
 use crate::world::{PROBE, World};
@@ -24,6 +25,16 @@ pub(crate) fn map_basic(world: &mut World, report: &mut Report) -> Result<()> {
 
 /// The demo's tool once around, and that the target saw its message.
 pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<()> {
+    tour_in(world, report, None, port)
+}
+
+/// The same in a VM under a stock QEMU.
+pub(crate) fn tour_in(
+    world: &mut World,
+    report: &mut Report,
+    spec: Option<&Spec>,
+    port: u32,
+) -> Result<()> {
     let gpa = world.gpa()?;
     let marker = world.marker()?.hex.clone();
     let command = Command::new(PROBE).as_member().memlock(1 << 20).args([
@@ -37,7 +48,7 @@ pub(crate) fn tour(world: &mut World, report: &mut Report, port: u32) -> Result<
         "--message",
         &MESSAGE.to_string(),
     ]);
-    let child = world.agent()?.spawn(&command)?;
+    let child = world.agent_of(spec)?.spawn(&command)?;
     relay(world, child, report)?;
     report.check("the program in the target saw what the tool stored", world.inbox(MESSAGE)?, "");
     // So that the next tour's message is a change again.
@@ -73,13 +84,13 @@ pub(crate) fn next_line(world: &mut World, child: &mut Child) -> Result<Option<S
 }
 
 pub(crate) fn many_mappings(world: &mut World, report: &mut Report) -> Result<()> {
-    let child = crowd(world, None, 4096)?;
+    let child = crowd(world, None, None, 4096)?;
     relay(world, child, report)
 }
 
 pub(crate) fn two_processes(world: &mut World, report: &mut Report) -> Result<()> {
     let (first, second) = (world.hook_port()?, world.hook_port()?);
-    let children = [crowd(world, Some(first), 100)?, crowd(world, Some(second), 100)?];
+    let children = [crowd(world, None, Some(first), 100)?, crowd(world, None, Some(second), 100)?];
     for child in children {
         relay(world, child, report)?;
     }
@@ -87,11 +98,18 @@ pub(crate) fn two_processes(world: &mut World, report: &mut Report) -> Result<()
     world.unhook_port(second)
 }
 
-fn crowd(world: &mut World, port: Option<u32>, mappings: usize) -> Result<Child> {
+/// Many mappings at once, in the introspector or a VM under a stock QEMU; without a port the tokens
+/// come from the scenario.
+pub(crate) fn crowd(
+    world: &mut World,
+    spec: Option<&Spec>,
+    port: Option<u32>,
+    mappings: usize,
+) -> Result<Child> {
     let marker = world.marker()?;
     let list: String = marker.gpas.iter().map(|gpa| format!("{gpa}\n")).collect();
     let hex = marker.hex.clone();
-    let agent = world.agent()?;
+    let agent = world.agent_of(spec)?;
     agent.put("/tmp/gpas", 0o644, list.as_bytes())?;
     let mut command =
         Command::new(PROBE).as_member().memlock(64 << 20).args(["crowd", "--marker", &hex]);

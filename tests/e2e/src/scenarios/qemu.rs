@@ -8,6 +8,7 @@ mod introspectors;
 pub(super) mod looked_at;
 mod silence;
 mod targets;
+mod v1;
 
 use anyhow::Result;
 use serde_json::json;
@@ -59,6 +60,11 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "qemu_places",
         purpose: "an introspector whose slots are all taken",
         run: grants::places,
+    },
+    Scenario {
+        name: "v1_qemu",
+        purpose: "v1's and libkvmi's calls in an introspector under a stock QEMU",
+        run: v1::v1,
     },
     Scenario {
         name: "qemu_revoke",

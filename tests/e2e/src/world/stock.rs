@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use kvmmem_guest::Command as GuestCommand;
+use kvmmem_guest::{Agent, Command as GuestCommand};
 
-use super::{RAW, VIEW, World};
+use super::{RAW, TARGET, VIEW, World};
 use crate::qemu::{Qemu, Spec};
 use crate::raw::Raw;
 use crate::wait;
@@ -49,6 +49,22 @@ impl World {
     /// Ends a VM.
     pub(crate) fn end_qemu(&mut self, spec: &Spec) {
         self.qemus.retain(|qemu| qemu.spec != *spec);
+    }
+
+    /// The agent in such a VM, or in the introspector.
+    pub(crate) fn agent_of(&self, spec: Option<&Spec>) -> Result<&Agent> {
+        match spec {
+            Some(spec) => Ok(&self.qemu(spec)?.agent),
+            None => self.agent(),
+        }
+    }
+
+    /// A vsock endpoint in such a VM that the target is hooked to from now on, and its port.
+    pub(crate) fn qemu_hook(&mut self, spec: &Spec) -> Result<(String, u32)> {
+        self.next_port += 1;
+        let endpoint = format!("vsock:{}:{}", spec.cid, self.next_port);
+        self.kvmmem(&["hook", "add", TARGET, &endpoint])?;
+        Ok((endpoint, self.next_port))
     }
 
     /// The command-driven C tool for views in such a VM.
