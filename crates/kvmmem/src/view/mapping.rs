@@ -4,53 +4,16 @@
 //! Tools get one from [`crate::View::map`]. The memory belongs to another virtual machine, so it is
 //! only ever copied; there is no reference into it.
 
+mod error;
+mod words;
+
 use std::sync::Arc;
 
-use kvmmem_sys::foreign::{Foreign, ForeignError, Word};
+use kvmmem_sys::foreign::{Foreign, ForeignError};
 use kvmmem_sys::search::{Atoms, Candidates, Probe};
-use rustix::io::Errno;
 
 use super::backend::Backend;
-
-/// Why mapped memory was not accessed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MappingError {
-    /// The access leaves the mapping.
-    #[error("access at offset {offset:#x}, length {len:#x}, leaves the mapping of {size:#x} bytes")]
-    Outside {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        len: usize,
-        /// The mapping's length in bytes.
-        size: u64,
-    },
-    /// A word's offset is not a multiple of its size.
-    #[error("offset {offset:#x} is not a multiple of {size}")]
-    Unaligned {
-        /// Offset in bytes.
-        offset: u64,
-        /// The word's size in bytes.
-        size: usize,
-    },
-    /// The view may not write.
-    #[error(
-        "the view is read-only; writing takes a grant that was made with --rw, and a view that is not opened read-only (Access::Granted)"
-    )]
-    ReadOnly,
-    /// The memory was removed; [`crate::View::status`] tells why.
-    #[error(
-        "gpa {gpa:#x} is not mapped any more: the view has ended or the target's memory map has changed"
-    )]
-    Lost {
-        /// The first address that was not copied.
-        gpa: u64,
-    },
-    /// The handlers of SIGBUS and SIGILL, which catch accesses to removed memory, cannot be
-    /// installed.
-    #[error("cannot handle SIGBUS and SIGILL")]
-    Guard(#[source] Errno),
-}
+pub use error::MappingError;
 
 /// A range of a view, mapped into this process until it is dropped. Its address is congruent to the
 /// guest-physical one modulo 2 MiB (1 GiB if the range is that long).
@@ -271,134 +234,6 @@ impl Mapping {
     /// [`MappingError`]; the bytes before a lost one have been copied.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MappingError> {
         self.access(offset, bytes.len() as u64, |memory| memory.write(offset, bytes))
-    }
-
-    /// Reads the byte at `offset`.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// println!("{:#x}", mapping.read_u8(0x13)?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn read_u8(&self, offset: u64) -> Result<u8, MappingError> {
-        self.word(offset)
-    }
-
-    /// Reads the word at `offset`, a multiple of 2, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// println!("{:#x}", mapping.read_u16(0x12)?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn read_u16(&self, offset: u64) -> Result<u16, MappingError> {
-        self.word(offset)
-    }
-
-    /// Reads the word at `offset`, a multiple of 4, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// println!("{:#x}", mapping.read_u32(0x14)?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn read_u32(&self, offset: u64) -> Result<u32, MappingError> {
-        self.word(offset)
-    }
-
-    /// Reads the word at `offset`, a multiple of 8, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// println!("{:#x}", mapping.read_u64(0x18)?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn read_u64(&self, offset: u64) -> Result<u64, MappingError> {
-        self.word(offset)
-    }
-
-    /// Writes the byte at `offset`.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// mapping.write_u8(0x13, 0xcc)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn write_u8(&self, offset: u64, value: u8) -> Result<(), MappingError> {
-        self.set_word(offset, value)
-    }
-
-    /// Writes the word at `offset`, a multiple of 2, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// mapping.write_u16(0x12, 0xcccc)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn write_u16(&self, offset: u64, value: u16) -> Result<(), MappingError> {
-        self.set_word(offset, value)
-    }
-
-    /// Writes the word at `offset`, a multiple of 4, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// mapping.write_u32(0x14, 1)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn write_u32(&self, offset: u64, value: u32) -> Result<(), MappingError> {
-        self.set_word(offset, value)
-    }
-
-    /// Writes the word at `offset`, a multiple of 8, in one access.
-    ///
-    /// ```no_run
-    /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {
-    /// mapping.write_u64(0x18, 1)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// [`MappingError`].
-    pub fn write_u64(&self, offset: u64, value: u64) -> Result<(), MappingError> {
-        self.set_word(offset, value)
-    }
-
-    fn word<W: Word>(&self, offset: u64) -> Result<W, MappingError> {
-        self.access(offset, W::SIZE as u64, |memory| memory.read_word(offset))
-    }
-
-    fn set_word<W: Word + Copy>(&self, offset: u64, value: W) -> Result<(), MappingError> {
-        self.access(offset, W::SIZE as u64, |memory| memory.write_word(offset, value))
     }
 
     /// Makes an access to `len` bytes at `offset`, and proves it where nothing else keeps it from
