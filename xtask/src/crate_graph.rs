@@ -11,19 +11,23 @@ use crate::workspace::{Package, Workspace};
 
 /// Each library or program that is shipped, and the crates of the workspace that it may depend on.
 /// Tests and benches may use any.
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("kvmmem-abi", &[]),
     ("kvmmem-table", &[]),
+    ("kvmmem-limit", &[]),
     ("kvmmem-kvmi", &["kvmmem-abi"]),
     ("kvmmem-sys", &["kvmmem-abi"]),
     ("kvmmem-memory", &["kvmmem-sys"]),
     ("kvmmem-linux", &["kvmmem-memory"]),
     ("kvmmem-proto", &["kvmmem-kvmi"]),
-    ("kvmmem-client", &["kvmmem-kvmi", "kvmmem-proto"]),
+    ("kvmmem-client", &["kvmmem-kvmi", "kvmmem-limit", "kvmmem-proto"]),
     ("kvmmem", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-memory", "kvmmem-proto", "kvmmem-sys"]),
-    ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-proto", "kvmmem-sys"]),
-    ("kvmmem-qemu", &["kvmmem-abi", "kvmmem-proto", "kvmmem-sys"]),
-    ("kvmmem-broker", &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"]),
+    ("kvmmem-vmm", &["kvmmem-abi", "kvmmem-client", "kvmmem-limit", "kvmmem-proto", "kvmmem-sys"]),
+    ("kvmmem-qemu", &["kvmmem-abi", "kvmmem-limit", "kvmmem-proto", "kvmmem-sys"]),
+    (
+        "kvmmem-broker",
+        &["kvmmem-abi", "kvmmem-kvmi", "kvmmem-limit", "kvmmem-proto", "kvmmem-qemu", "kvmmem-sys"],
+    ),
     (
         "kvmmem-cli",
         &[

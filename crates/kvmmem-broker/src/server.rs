@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use connections::{ConnectionSlot, Shared};
 pub use error::ServerError;
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::listener;
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketSocket;

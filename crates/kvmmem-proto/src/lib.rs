@@ -18,7 +18,6 @@ pub mod copy;
 pub mod credentials;
 pub mod endpoint;
 pub mod guest;
-pub mod limit;
 pub mod listener;
 pub mod map;
 pub mod message;

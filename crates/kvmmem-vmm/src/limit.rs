@@ -6,7 +6,7 @@
 /// out.
 macro_rules! warn_limited {
     ($($arg:tt)+) => {{
-        use ::kvmmem_proto::limit::{Rate, RateLimit};
+        use ::kvmmem_limit::{Rate, RateLimit};
         static LIMIT: RateLimit = RateLimit::at(Rate { burst: 5, per_second: 1 });
         if let Some(suppressed) = LIMIT.allow(::std::time::Instant::now()) {
             ::tracing::warn!(suppressed, $($arg)+);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::limit::RateLimit;
+use kvmmem_limit::RateLimit;
 
 use serde::Serialize;
 use tracing_subscriber::fmt::format::Writer;

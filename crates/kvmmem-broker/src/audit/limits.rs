@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::limit::{Bucket, Rate, RateLimit};
+use kvmmem_limit::{Bucket, Rate, RateLimit};
 
 use super::kind::Kind;
 use crate::sync::lock;

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvmmem_proto::limit::RateLimit;
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::message::Refusal;
 use vsock::VsockListener;
 

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::guest::{self, Frame, FrameError, FromTool, MappedBy, ToTool};
-use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::{Caller, Refusal};
 use kvmmem_proto::timed::TimedSocket;
 use rustix::io::Errno;

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::server::{Connection, Limits, Socket, Turn, Workspace};
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::limit::RateLimit;
 use rustix::event::epoll::EventFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 

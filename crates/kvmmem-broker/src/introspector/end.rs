@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::native::{STATE_GONE, STATE_REVOKED};
-use kvmmem_proto::limit::RateLimit;
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::message::OnSilence;
 
 use super::handle::Introspector;

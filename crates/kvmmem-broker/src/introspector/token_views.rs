@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use kvmmem_abi::descriptor::FLAG_TOKENS;
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::guest::MappedBy;
-use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::message::Caller;
 use kvmmem_proto::scope::Rights;
 

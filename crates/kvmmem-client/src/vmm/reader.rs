@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvmmem_limit::RateLimit;
 use kvmmem_proto::client::{self, ClientError};
-use kvmmem_proto::limit::RateLimit;
 use kvmmem_proto::map::MemoryMap;
 use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Request, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};

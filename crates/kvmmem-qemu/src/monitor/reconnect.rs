@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvmmem_proto::limit::RateLimit;
+use kvmmem_limit::RateLimit;
 
 use super::connection::{Connection, Output};
 use super::{AGAIN, Find, Monitor, State, lock};

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Limits how often an event that a guest or a peer can cause is written down.
+//!
+//! The broker, the VMM and the monitors of QEMU use it at each such line of their logs. What is not
+//! written is counted, and the next line says how many there were.
+#![deny(unsafe_code)]
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -173,3 +177,8 @@ mod tests {
         assert_eq!(limit.admit(now, || panic!("it is the second")), Some(0));
     }
 }
+
+/// The example of README.md, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
