@@ -185,8 +185,8 @@ void test_failing_plug(void)
 	plug_in_view();
 	bound_and_unbound();
 	attached_and_changed();
-	in_workers();
-	when_plugged_in();
+	RUN(in_workers);
+	RUN(when_plugged_in);
 	unplug_view();
 	CHECK_EQUAL(counter("views"), 0);
 	CHECK_EQUAL(counter("invalid_answers"), invalid);
