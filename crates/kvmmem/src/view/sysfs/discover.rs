@@ -134,21 +134,26 @@ impl Bus<'_> {
     ) -> Result<Option<(Devices, Snapshot)>, SysfsError> {
         let functions = Function::all(self.folder).map_err(SysfsError::List)?;
         let mut heads = BTreeMap::new();
-        let mut bound = None;
+        let mut obstacle = None;
         for function in functions.iter().filter(|function| function.number == 0) {
             if function.bar_len() != Some(head::LEN) {
                 continue;
             }
             if let Some(driver) = function.driver() {
-                bound = Some(SysfsError::Bound { device: function.name(), driver });
+                obstacle = Some(SysfsError::Bound { device: function.name(), driver });
                 continue;
             }
             let head = match Head::map(function, self.is_alive) {
                 Ok(head) => head,
-                Err(errno) => match gone_or(function, errno) {
-                    Some(error) => return Err(error),
-                    None => continue,
-                },
+                Err(errno) => {
+                    match gone_or(function, errno) {
+                        // It may be another view's, which is being unplugged.
+                        Some(error @ SysfsError::System { .. }) => obstacle = Some(error),
+                        Some(error) => return Err(error),
+                        None => {}
+                    }
+                    continue;
+                }
             };
             if let Some(number) = head.slot_of(digest) {
                 heads.insert(number, (head, function.slot.clone()));
@@ -156,7 +161,7 @@ impl Bus<'_> {
         }
         let slots = Slots { heads, functions };
         match slots.take(writes, self.is_alive) {
-            Ok(None) if is_late => bound.map_or(Ok(None), Err),
+            Ok(None) if is_late => obstacle.map_or(Ok(None), Err),
             Err(SysfsError::Bound { .. }) if !is_late => Ok(None),
             found => found,
         }

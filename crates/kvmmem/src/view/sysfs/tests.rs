@@ -446,6 +446,21 @@ fn what_cannot_be_used_is_refused_with_its_reason() {
     machine.attach_for(Access::Granted, PATIENCE).unwrap();
 }
 
+/// As that of another view, which the module had and which is being unplugged.
+#[test]
+fn a_device_that_cannot_be_mapped_hinders_no_other_view() {
+    let machine = Machine::new();
+    machine.plug("00:05.0", &[0; PAGE_SIZE]);
+    let file = machine.path("00:05.0", "resource2");
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    let quick = Duration::from_millis(30);
+    let error = machine.attach_for(Access::ReadOnly, quick).unwrap_err();
+    assert!(matches!(&error, SysfsError::System { device, .. } if device == "0000:00:05.0"));
+    machine.plug_view(b'a');
+    machine.attach().unwrap();
+}
+
 #[test]
 fn a_descriptor_that_ends_or_cannot_be_ends_the_view() {
     for (at, bytes, state) in [
