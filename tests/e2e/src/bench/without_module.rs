@@ -22,6 +22,8 @@ pub(super) fn rows(world: &World, spec: &Spec) -> Result<Vec<Row>> {
     let socket = qemu.socket().display().to_string();
     world.kvmmem(&["introspector", "add", "--trusted", "--qmp", &socket])?;
     let with = series(world, spec)?;
+    // The module's last view is unplugged after its tool has ended.
+    ensure!(world.settles(0)?, "a view does not end");
     qemu.agent.unload_module("kvmmem")?;
     let without = series(world, spec)?;
     let both = |name| Ok::<_, anyhow::Error>((find(&without, name)?, find(&with, name)?));
