@@ -133,10 +133,12 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), ClientError>
         }
         match socket.receive(buffer) {
             Ok(Some((message, files))) => {
-                let answer = take(&mut shared.lock(), message, files)?;
-                if let Some(call) = answer {
+                let mut state = shared.lock();
+                // Before the caller can see its answer: what it sends next comes after this.
+                if let Some(call) = take(&mut state, message, files)? {
                     shared.outbox.push(call);
                 }
+                drop(state);
                 shared.changed.notify_all();
             }
             Ok(None) => return Ok(()),

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Answer, Call, Caller, Request, ViewCounters};
-use kvmmem_proto::packet::Wait;
 
 use super::error::RedeemError;
 use super::link::VmmLink;
@@ -36,12 +35,10 @@ impl VmmLink {
         let id = state.begin_request();
         drop(state);
 
-        let sent = socket.send(
-            &Request { id, call: Call::Redeem { token: token.clone() } },
-            &[],
-            Wait::No,
-        );
-        let (mut state, answer) = self.answer(id, sent.is_ok());
+        // What could not be used before is told before: the target's files come again then.
+        let call = Call::Redeem { token: token.clone() };
+        let sent = self.shared.outbox.flush(&socket, Some(&Request { id, call }));
+        let (mut state, answer) = self.answer(id, sent);
         match answer? {
             Answer::Redeemed { grant, target, scope } => {
                 let target = state.cache.target(target).ok_or(RedeemError::Unavailable)?;
