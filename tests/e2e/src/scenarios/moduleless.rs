@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Introspectors under a stock QEMU whose guests have a distribution's kernel, and not the module.
+//! Introspectors under a stock QEMU whose guests do not have the module: with the kernels of
+//! distributions, and with the test bed's own.
 
 use anyhow::{Context, Result, ensure};
 use kvmmem_client::admin::NewGrant;
@@ -41,6 +42,14 @@ pub(crate) const ALL: &[Scenario] = &[
         purpose: "the same with Debian 13's kernel",
         run: |world, report| run(world, report, &with_kernel("trixie", "no-module-6-12", 23)),
     },
+    Scenario {
+        name: "moduleless_7_3",
+        purpose: "the same with the test bed's kernel, whose module was used and unloaded",
+        run: |world, report| {
+            let spec = Spec { kernel: None, ..with_kernel("", "no-module-7-3", 24) };
+            run(world, report, &spec)
+        },
+    },
 ];
 
 const fn with_kernel(kernel: &'static str, name: &'static str, cid: u32) -> Spec {
@@ -61,6 +70,9 @@ const fn with_kernel(kernel: &'static str, name: &'static str, cid: u32) -> Spec
 fn run(world: &mut World, report: &mut Report, spec: &Spec) -> Result<()> {
     let target = LookedAt::ours(world)?;
     let release = world.boot_qemu(spec)?.agent.get("/proc/sys/kernel/osrelease")?;
+    if spec.kernel.is_none() {
+        after_the_module(world, report, spec, &target)?;
+    }
     let release = String::from_utf8_lossy(&release).trim().to_owned();
     untrusted(world, report, spec, &target, &release)?;
     add(world, spec, true)?;
@@ -71,6 +83,31 @@ fn run(world: &mut World, report: &mut Report, spec: &Spec) -> Result<()> {
     locked_down(world, report, spec, &target)?;
     report.check("the target is as it was", target.is_whole(world)?, "");
     world.end_qemu(spec);
+    Ok(())
+}
+
+/// A tool uses a view by the module, which is unloaded then.
+fn after_the_module(
+    world: &mut World,
+    report: &mut Report,
+    spec: &Spec,
+    target: &LookedAt,
+) -> Result<()> {
+    add(world, spec, false)?;
+    let grant = target.grant(world, 1, None)?;
+    let output =
+        cli(world, spec, &grant, &["read", &format!("{:#x}", target.gpa), "32", "--json"])?;
+    let is_read = output.text().contains(&target.hex);
+    report.check("with the module the command reads the marker", is_read, output.error_text());
+    ensure!(world.settles(0)? && is_empty(world, spec)?, "the view does not end");
+    without_module(world, spec)
+}
+
+/// Unloads the module, which the test bed's own kernel loads when it boots.
+fn without_module(world: &World, spec: &Spec) -> Result<()> {
+    if spec.kernel.is_none() {
+        world.qemu(spec)?.agent.unload_module("kvmmem")?;
+    }
     Ok(())
 }
 
@@ -381,7 +418,7 @@ fn reset(world: &mut World, spec: &Spec) -> Result<()> {
     let run = world.run_folder();
     let qemu = world.qemu_mut(spec)?;
     vm::wait_for_agent(spec.name, spec.cid, &mut qemu.process, &run)?;
-    Ok(())
+    without_module(world, spec)
 }
 
 /// How many slots are free, and the buses that are retired, as the command lists them.

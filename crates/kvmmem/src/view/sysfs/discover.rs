@@ -160,10 +160,9 @@ impl Bus<'_> {
             }
         }
         let slots = Slots { heads, functions };
-        match slots.take(writes, self.is_alive) {
-            Ok(None) if is_late => obstacle.map_or(Ok(None), Err),
-            Err(SysfsError::Bound { .. }) if !is_late => Ok(None),
-            found => found,
+        match slots.take(writes, self.is_alive, is_late)? {
+            None if is_late => obstacle.map_or(Ok(None), Err),
+            found => Ok(found),
         }
     }
 }
@@ -173,6 +172,7 @@ impl Slots {
         mut self,
         writes: bool,
         is_alive: IsAlive,
+        is_late: bool,
     ) -> Result<Option<(Devices, Snapshot)>, SysfsError> {
         let Some((head, slot)) = self.heads.get(&0) else { return Ok(None) };
         let length = |number| self.window(number)?.bar_len();
@@ -195,7 +195,15 @@ impl Slots {
         for number in snapshot.ranges.iter().map(|range| range.window) {
             let Some(function) = self.window(number) else { return Ok(None) };
             if let Some(driver) = function.driver() {
-                return Err(SysfsError::Bound { device: function.name(), driver });
+                let bound = SysfsError::Bound { device: function.name(), driver };
+                return if is_late { Err(bound) } else { Ok(None) };
+            }
+            if let Err(errno) = function.enable() {
+                return match gone_or(function, errno) {
+                    // EINVAL: the kernel has not given each of its BARs an address yet.
+                    Some(SysfsError::System { .. }) if !is_late => Ok(None),
+                    error => error.map_or(Ok(None), Err),
+                };
             }
             let Some(len) = function.bar_len() else { return Ok(None) };
             windows.insert(number, (function, len));
@@ -210,12 +218,9 @@ impl Slots {
         }
         let is_writable = writes && snapshot.descriptor.rights & RIGHT_WRITE != 0;
         let map = |(number, (function, len)): (u32, (&Function, u64))| {
-            let map = || {
-                function.enable()?;
-                Bar::map(function, len, Kind::WriteCombining, is_writable, is_alive)
-            };
-            let mapped = map().map_err(|errno| gone_or(function, errno));
-            Ok((number, mapped.map_err(|error| error.unwrap_or(SysfsError::Ended))?))
+            let bar = Bar::map(function, len, Kind::WriteCombining, is_writable, is_alive);
+            let bar = bar.map_err(|errno| gone_or(function, errno));
+            Ok((number, bar.map_err(|error| error.unwrap_or(SysfsError::Ended))?))
         };
         let windows = windows.into_iter().map(map).collect::<Result<_, SysfsError>>()?;
         let Some((head, _)) = self.heads.remove(&0) else { return Ok(None) };

@@ -389,20 +389,24 @@ fn windows_of_several_slots_are_mapped_in_one_piece() {
     assert_eq!(mapping.read_u8(8 * PAGE), Err(MappingError::Lost { gpa: 8 * PAGE }));
 }
 
-/// `virtio-pci` looks at each device of QEMU's vendor, and has it meanwhile.
+/// `virtio-pci` looks at each device of QEMU's vendor, and has it meanwhile. A device without an
+/// address for each of its BARs cannot be enabled.
 #[test]
-fn a_driver_that_declines_a_device_is_waited_for() {
-    let machine = Machine::new();
-    machine.plug_view(b'a');
-    let link = machine.path("01:00.1", "driver");
-    std::os::unix::fs::symlink("../drivers/virtio-pci", &link).unwrap();
-    std::thread::scope(|scope| {
-        let attach = scope.spawn(|| machine.attach().map(drop));
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(!attach.is_finished(), "{:?}", attach.join());
-        fs::remove_file(link).unwrap();
-        attach.join().unwrap().unwrap();
-    });
+fn a_device_that_the_kernel_is_still_adding_is_waited_for() {
+    for (file, other) in [("driver", "../drivers/virtio-pci"), ("enable", "/dev/full")] {
+        let machine = Machine::new();
+        machine.plug_view(b'a');
+        let link = machine.path("01:00.1", file);
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(other, &link).unwrap();
+        std::thread::scope(|scope| {
+            let attach = scope.spawn(|| machine.attach().map(drop));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!attach.is_finished(), "{:?}", attach.join());
+            fs::remove_file(link).unwrap();
+            attach.join().unwrap().unwrap();
+        });
+    }
 }
 
 #[test]
