@@ -66,6 +66,11 @@ impl ConnectionLimit {
         Ok(Slot { limit: Arc::clone(self), cid, socket: Arc::clone(socket) })
     }
 
+    /// Whether [`Self::close`] has begun, before it ends any connection.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Refuses new connections and ends all others. Waits for their end; returns how many are left.
     pub(super) fn close(&self, limit: Duration) -> usize {
         let mut list = self.lock();

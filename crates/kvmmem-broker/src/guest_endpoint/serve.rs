@@ -116,7 +116,7 @@ impl<V: Views> Connection<V> {
         let state = std::mem::replace(&mut *self.lock(), State::Busy);
         match state {
             State::Asking(frame, until) => self.ask(frame, until),
-            State::Open(view) => match ended::<V>(&view, self.slot.socket()) {
+            State::Open(view) => match self.ended(&view) {
                 Some(ended) => self.end(view, ended),
                 None => self.keep(view),
             },
@@ -159,7 +159,7 @@ impl<V: Views> Connection<V> {
                 match guest::write(&mut TimedSocket::new(socket.as_fd(), deadline), &answer) {
                     Ok(()) => self.keep(view),
                     Err(_) => {
-                        let ended = ended::<V>(&view, socket).unwrap_or("its tool does not read");
+                        let ended = self.ended(&view).unwrap_or("its tool does not read");
                         self.end(view, ended);
                     }
                 }
@@ -168,6 +168,24 @@ impl<V: Views> Connection<V> {
                 refuse(socket, cid, &refused, Instant::now() + ANSWER_LIMIT);
                 self.close();
             }
+        }
+    }
+
+    /// Why an open view ends, if it does.
+    fn ended(&self, view: &V::View) -> Option<&'static str> {
+        let received = recv(self.slot.socket(), &mut [0; 1], RecvFlags::DONTWAIT);
+        // An endpoint that is closed has ended the connection itself, and the tool may still have
+        // the view's memory.
+        if matches!(received, Ok((0, _))) && !self.shared.limit.is_closed() {
+            V::tool_has_closed(view);
+        }
+        if V::has_ended(view) {
+            return Some("revoked, or its target has exited");
+        }
+        match received {
+            Err(Errno::AGAIN | Errno::INTR) => None,
+            Ok((0, _)) | Err(_) => Some("closed"),
+            Ok(_) => Some("its tool spoke out of turn"),
         }
     }
 
@@ -217,22 +235,6 @@ impl<V: Views> Connection<V> {
 
     fn lock(&self) -> MutexGuard<'_, State<V::View>> {
         lock(&self.state)
-    }
-}
-
-/// Why an open view ends, if it does.
-fn ended<V: Views>(view: &V::View, socket: &OwnedFd) -> Option<&'static str> {
-    let received = recv(socket, &mut [0; 1], RecvFlags::DONTWAIT);
-    if let Ok((0, _)) = received {
-        V::tool_has_closed(view);
-    }
-    if V::has_ended(view) {
-        return Some("revoked, or its target has exited");
-    }
-    match received {
-        Err(Errno::AGAIN | Errno::INTR) => None,
-        Ok((0, _)) | Err(_) => Some("closed"),
-        Ok(_) => Some("its tool spoke out of turn"),
     }
 }
 

@@ -339,4 +339,6 @@ fn an_endpoint_that_closes_ends_all_views() {
     drop(endpoint.endpoint.take());
     assert_eq!(endpoint.open_views(), 0);
     assert!(is_closed(&mut tool) && is_closed(&mut silent));
+    // A tool that is stopped has said nothing, and keeps what it has mapped.
+    assert!(!endpoint.state.closed_by_tool.load(Ordering::SeqCst));
 }
