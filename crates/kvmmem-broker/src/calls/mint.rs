@@ -44,18 +44,27 @@ impl Broker {
     }
 
     /// The same for a tool in VM `tool`, but an error is the caller's to write down; returns the
-    /// grant and the rights as well.
+    /// grant as well.
+    ///
+    /// # Errors
+    /// Those of [`Self::mint`], and EAGAIN where the target's policy allows other rights than
+    /// `rights` by now.
     pub(crate) fn mint_granted(
         &self,
         target: &Vm,
         endpoint: &Endpoint,
         tool: u64,
-    ) -> Result<(Token, u64, Rights), KvmError> {
+        rights: Rights,
+    ) -> Result<(Token, u64), KvmError> {
         let minted = self.mint_for(self.now(), target.id(), Owner::Vm(tool))?;
         let (token, NewToken { grant, scope, .. }, holder) = minted;
-        let (rights, vm, holder) = (scope.rights, target, holder.as_deref());
-        self.audit().write(Event::NewToken { vm, endpoint, grant, scope: &scope, holder });
-        Ok((token, grant, rights))
+        if scope.rights != rights {
+            self.withdraw(grant);
+            return Err(KvmError::Again);
+        }
+        let (vm, scope, holder) = (target, &scope, holder.as_deref());
+        self.audit().write(Event::NewToken { vm, endpoint, grant, scope, holder });
+        Ok((token, grant))
     }
 
     /// Writes down that a token was not made.
@@ -139,4 +148,43 @@ pub(crate) fn random_token() -> Result<Token, KvmError> {
     let mut bytes = zeroize::Zeroizing::new([0; Token::SIZE]);
     getrandom::fill(&mut *bytes).map_err(|_| KvmError::NoMem)?;
     Ok(Token::from_bytes(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use kvmmem_proto::message::{
+        Answer, Call, Cursor, GrantInfo, GrantState, KvmiPolicy, VmIdentity,
+    };
+
+    use super::*;
+    use crate::core::limits::Limits;
+    use crate::service::Service;
+    use crate::test_peer::{Connection, identity};
+
+    #[test]
+    fn a_token_is_never_of_other_rights_than_the_view_that_lists_it() {
+        let service = Arc::new(Service::new(Limits::default()));
+        let [mut tiger, mut watcher, mut root] = [(); 3].map(|()| Connection::new(&service, 0));
+        let Answer::Registered { vm: target, .. } = tiger.register_target("tiger").unwrap() else {
+            panic!("no target")
+        };
+        let introspector = VmIdentity { introspector: true, ..identity("watcher") };
+        let call = Call::Register(introspector.registered(vec![]));
+        let Answer::Registered { vm: tool, .. } = watcher.ask(call, None).unwrap() else {
+            panic!("no introspector")
+        };
+        let (broker, endpoint) = (service.broker(), Endpoint::Vsock { cid: 7, port: 9 });
+        let vm = broker.vm(target).unwrap();
+        let mint = |rights| broker.mint_granted(&vm, &endpoint, tool, rights).map(|(_, it)| it);
+        mint(Rights::ReadWrite).unwrap();
+        // While the view is plugged in that lists it.
+        let policy = Call::Policy { target: "tiger".into(), set: Some(KvmiPolicy::ReadOnly) };
+        root.ask(policy, None).unwrap();
+        assert_eq!(mint(Rights::ReadWrite), Err(KvmError::Again));
+        let grants = root.ask(Call::Grants { after: Cursor::default() }, None).unwrap();
+        let Answer::Grants { grants, .. } = grants else { panic!("no grants") };
+        let is_good = |grant: &&GrantInfo| grant.state == GrantState::Active;
+        assert!(grants.iter().filter(is_good).all(|grant| grant.scope.rights == Rights::ReadWrite));
+        assert!(mint(Rights::ReadOnly).is_ok());
+    }
 }

@@ -54,7 +54,8 @@ impl Introspector {
         let scope = broker.tables().core.may_mint(target.id(), Some(tool));
         let minted = scope.and_then(|scope| {
             let view = self.token_view(target.id(), scope.rights, endpoint)?;
-            let (token, grant, _) = broker.mint_granted(target, endpoint, tool)?;
+            // The target's policy may just have changed.
+            let (token, grant) = broker.mint_granted(target, endpoint, tool, scope.rights)?;
             if let Some(view) = view {
                 view.list(&token, grant).inspect_err(|_| broker.withdraw(grant))?;
             }
@@ -138,12 +139,8 @@ impl Introspector {
         endpoint: &Endpoint,
     ) -> Result<TokenView, OpenError> {
         let vm = broker.vm(target).ok_or(OpenError::Ended)?;
-        let minted = broker.mint_granted(&vm, endpoint, self.traits.vm);
-        let (token, _, granted) = minted.map_err(OpenError::Mint)?;
-        // The target's policy may just have changed.
-        if granted != rights {
-            return Err(OpenError::Ended);
-        }
+        let minted = broker.mint_granted(&vm, endpoint, self.traits.vm, rights);
+        let (token, _) = minted.map_err(OpenError::Mint)?;
         let caller = Caller { pid: 0, uid: 0, comm: "kvmi".to_owned() };
         let (view, _) = self.plug(&token, &caller, false, (MappedBy::Module, FLAG_TOKENS))?;
         TokenView::new(view, Arc::clone(&self.inbox)).ok_or(OpenError::Ended)
