@@ -2,13 +2,15 @@
 //! The unix socket at which clients connect, and the lock beside it: the broker's, and that of
 //! `kvmmem proxy` in a guest.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{
+    AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, chmod, chownat, fstat, openat,
+};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -76,6 +78,7 @@ pub fn lock(path: &Path) -> Result<File, ListenError> {
         .truncate(false)
         .write(true)
         .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(&lock_path)
         .map_err(fail)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -94,11 +97,7 @@ fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
     rustix::net::bind(&listener, &address)?;
     let ready = || -> io::Result<()> {
         // Peers can connect from `listen` on, and the mode is in force by then.
-        if let Some(group) = group {
-            std::os::unix::fs::chown(path, None, Some(group))?;
-        }
-        let mode = if group.is_some() { 0o660 } else { 0o600 };
-        std::fs::set_permissions(path, Permissions::from_mode(mode))?;
+        admit(path, group)?;
         Ok(rustix::net::listen(listener.as_fd(), 64)?)
     };
     match ready() {
@@ -108,5 +107,58 @@ fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
             let _ = std::fs::remove_file(path);
             Err(error)
         }
+    }
+}
+
+/// Gives a socket its group and mode: nothing but a socket, as the folder may be another user's, who
+/// puts a link in its place.
+fn admit(path: &Path, group: Option<u32>) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = openat(CWD, path, flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
+        return Err(io::Error::other("something else was put in the socket's place"));
+    }
+    if let Some(group) = group {
+        chownat(&socket, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)?;
+    }
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    Ok(chmod(format!("/proc/self/fd/{}", socket.as_raw_fd()), Mode::from_raw_mode(mode))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_socket_is_its_owner_s_or_also_a_group_s() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let group = rustix::process::getegid().as_raw();
+        for (group, expected) in [(None, 0o600), (Some(group), 0o660)] {
+            let (_listener, _lock) = bind(&path, group).unwrap();
+            assert_eq!(mode(&path), expected);
+            assert!(matches!(bind(&path, group), Err(ListenError::InUse(_))));
+        }
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_socket_or_its_lock_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("secret"), "").unwrap();
+        std::fs::set_permissions(at("secret"), PermissionsExt::from_mode(0o640)).unwrap();
+        symlink(at("secret"), at("put there after bind")).unwrap();
+        assert!(admit(&at("put there after bind"), None).is_err());
+        assert_eq!(mode(&at("secret")), 0o640);
+
+        symlink(at("made"), at("socket.lock")).unwrap();
+        assert!(matches!(bind(&at("socket"), None), Err(ListenError::Lock { .. })));
+        assert!(!at("made").exists());
     }
 }
