@@ -124,7 +124,7 @@ impl Introspector {
         if let Some(suppressed) = WARNINGS.allow(Instant::now()) {
             tracing::warn!(
                 suppressed, introspector = self.name(), view = view.number, cause = words, policy = %policy,
-                "an introspector's guest does not let go of a target's memory"
+                "an introspector's guest does not release a target's memory"
             );
         }
         match policy {
