@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport, VmIdentity};
+use kvmmem_proto::message::{Answer, Call, NewGrant, Refusal, RevokeReport};
 use kvmmem_proto::scope::Rights;
 
 use mint::random_token;
@@ -224,7 +224,8 @@ impl Broker {
             grant,
             target: opened.target,
             scope,
-            identity: VmIdentity::clone(identity),
+            uuid: identity.uuid,
+            name: identity.name.clone(),
             generation: layout.generation,
             regions: layout.regions(),
             copied: layout.is_private,

@@ -33,7 +33,7 @@ fn a_process_reads_what_its_grant_reaches_and_writes_only_by_right() {
     let spans = Some(vec![Span { gpa: 0x10_1000, len: 0x10_0000 }]);
     let granted = broker.grant(&GrantRequest { spans, uses: 3, ..request(Rights::ReadOnly) });
     let (link, view) = attach(&broker, &granted.token);
-    assert_eq!(view.identity.uuid, uuid("tiger"));
+    assert_eq!(view.uuid, uuid("tiger"));
     assert_eq!(view.rights, Rights::ReadOnly);
     assert_eq!(view.regions, [Region { gpa: 0x10_1000, len: 0x1000, offset: 0x10_1000, file: 0 }]);
     let mut bytes = [0; 7];

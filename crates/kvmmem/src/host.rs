@@ -21,13 +21,12 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::client;
 pub use kvmmem_proto::client::ClientError;
 use kvmmem_proto::map::{MemoryMap, Region};
-use kvmmem_proto::message::{
-    Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters, VmIdentity,
-};
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use uuid::Uuid;
 
 use channel::Channel;
 use copier::{CHANNELS, ViewEnd};
@@ -60,8 +59,10 @@ enum End {
 pub struct HostView {
     /// The broker's number for the view.
     pub view: u64,
-    /// The target.
-    pub identity: VmIdentity,
+    /// UUID of the target.
+    pub uuid: Uuid,
+    /// Name of the target.
+    pub name: String,
     /// Grows with each change of the target's RAM.
     pub generation: u64,
     /// Whether memory may be written.
@@ -101,7 +102,7 @@ impl HostLink {
     ///
     /// let token = std::env::var("KVMMEM_TOKEN")?.parse()?;
     /// let (link, host_view) = HostLink::attach(&view::default_socket(), &token, true)?;
-    /// println!("{}: {} regions", host_view.identity.name, host_view.regions.len());
+    /// println!("{}: {} regions", host_view.name, host_view.regions.len());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
@@ -154,7 +155,8 @@ impl HostLink {
             grant,
             target,
             scope,
-            identity,
+            uuid,
+            name,
             generation,
             regions,
             copied,
@@ -176,7 +178,8 @@ impl HostLink {
             None
         };
         let mut link = Self { socket, buffer, ended, view, grant, target, scope, end: End::No };
-        let mut host_view = HostView { view, identity, generation, rights, regions, files, copier };
+        let mut host_view =
+            HostView { view, uuid, name, generation, rights, regions, files, copier };
         for push in early {
             match link.event(push)? {
                 Some(HostEvent::Changed { generation, regions })

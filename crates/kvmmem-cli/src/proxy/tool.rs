@@ -11,7 +11,7 @@ use kvmmem::view::GuestEndpointError;
 use kvmmem::{Access, Event, Status, Token, View, ViewError};
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
-use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, VmIdentity};
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use kvmmem_proto::scope::{Rights, Scope};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -154,14 +154,13 @@ fn while_waiting<T: Send>(socket: &PacketSocket, act: impl FnOnce() -> T + Send)
 fn attached(view: &View) -> Result<Answer, Refused> {
     let status = view.status().map_err(|error| refusal_of(&error))?;
     let rights = if status.is_writable { Rights::ReadWrite } else { Rights::ReadOnly };
-    // The proxy knows no more of it.
-    let identity = VmIdentity { vcpus: 0, ..VmIdentity::target("", Uuid::from_bytes(status.uuid)) };
     Ok(Answer::HostAttached {
         view: VIEW,
         grant: GRANT,
         target: TARGET,
         scope: Scope { rights, spans: None },
-        identity,
+        uuid: Uuid::from_bytes(status.uuid),
+        name: String::new(),
         generation: generation(view),
         regions: regions(&status),
         copied: true,

@@ -3,6 +3,7 @@
 
 use kvmmem_kvmi::token::Token;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::grant::{Cursor, GrantInfo, KvmiPolicy, NewGrant, RevokeReport};
 use super::registers::{VcpuQuestion, VcpuRegisters};
@@ -135,9 +136,11 @@ pub enum Answer {
         target: u64,
         /// What the view allows.
         scope: Scope,
-        /// The target.
-        #[serde(flatten)]
-        identity: VmIdentity,
+        /// UUID of the target.
+        uuid: Uuid,
+        /// Name of the target; empty where it is not known.
+        #[serde(default)]
+        name: String,
         /// Grows with each change of the target's RAM.
         generation: u64,
         /// Where the target's RAM is, all of it.

@@ -79,8 +79,8 @@ impl HostView {
             .map_err(ViewError::Watch)?;
         Ok(Self {
             memory,
-            uuid: view.identity.uuid.into_bytes(),
-            name: view.identity.name,
+            uuid: view.uuid.into_bytes(),
+            name: view.name,
             instance,
             is_writable: view.rights == Rights::ReadWrite,
             stop,
