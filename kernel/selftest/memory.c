@@ -131,8 +131,8 @@ static void cached(void)
 	CHECK_EQUAL(is_write_back(WINDOW + LOW_AT, WINDOW + LOW_AT + LOW_SIZE), 1);
 	CHECK_EQUAL(is_write_back(RESERVED, RESERVED + PAGE), 1);
 	close(fd);
-	CHECK_EQUAL(is_write_back(WINDOW + HUGE_AT, WINDOW + HUGE_AT + HUGE_SIZE), 0);
-	CHECK_EQUAL(is_write_back(RESERVED, RESERVED + PAGE), 0);
+	CHECK(WITHIN(!is_write_back(WINDOW + HUGE_AT, WINDOW + HUGE_AT + HUGE_SIZE)));
+	CHECK(WITHIN(!is_write_back(RESERVED, RESERVED + PAGE)));
 }
 
 /* How many of the kernel's own mappings show the reserved memory. */
@@ -158,20 +158,20 @@ void test_nothing_left(void)
 	int fd;
 
 	host_shows_usual(0, RW);
-	CHECK_EQUAL(mapped_by_kernel(), 0);
+	CHECK(WITHIN(mapped_by_kernel() == 0));
 	fd = attached(0, 0);
 	/* The descriptor and three ranges. */
-	CHECK_EQUAL(mapped_by_kernel(), 4);
+	CHECK(WITHIN(mapped_by_kernel() == 4));
 	host_shows_usual(0, RO);
 	ranges_of(fd);
-	CHECK_EQUAL(mapped_by_kernel(), 4);
+	CHECK(WITHIN(mapped_by_kernel() == 4));
 	host_sets_state(0, KVMMEM_STATE_REVOKED);
 	ranges_of(fd);
-	CHECK_EQUAL(mapped_by_kernel(), 1);
+	CHECK(WITHIN(mapped_by_kernel() == 1));
 	close(fd);
-	CHECK_EQUAL(mapped_by_kernel(), 0);
-	CHECK_EQUAL(is_write_back(RESERVED, RESERVED + PAGE), 0);
-	CHECK_EQUAL(counter("views"), 0);
+	CHECK(WITHIN(mapped_by_kernel() == 0));
+	CHECK(WITHIN(!is_write_back(RESERVED, RESERVED + PAGE)));
+	CHECK(WITHIN(counter("views") == 0));
 }
 
 static void refuse(int fd, int protection, int mmap_flags, unsigned long gpa, unsigned long size, int error)
