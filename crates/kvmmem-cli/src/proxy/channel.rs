@@ -4,7 +4,10 @@
 //! The memfd is the tool's, which may change it at any moment: it is read and written by system
 //! calls alone.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -12,7 +15,7 @@ use kvmmem::{View, ViewError};
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, MAX_REQUEST, Piece, SLOT, Status};
 use kvmmem_proto::message::Refusal;
 use kvmmem_sys::copy_buffer::CopyBuffer;
-use rustix::io::{Errno, pread, pwrite};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
     socketpair,
@@ -46,7 +49,7 @@ impl Channel {
                 .map_err(|error| limit("make a socket", &error))?;
         let socket = Arc::new(ours);
         let spawned = std::thread::Builder::new().name("copies".into()).spawn({
-            let (socket, view) = (Arc::clone(&socket), Arc::clone(view));
+            let (socket, view, file) = (Arc::clone(&socket), Arc::clone(view), File::from(file));
             move || serve(&socket, &file, &view)
         });
         let thread = Some(spawned.map_err(|error| limit("start a thread", &error))?);
@@ -66,7 +69,7 @@ impl Drop for Channel {
 
 /// Serves until the tool closes, breaks the protocol or does not read its answers, or the channel
 /// ends.
-fn serve(socket: &OwnedFd, file: &OwnedFd, view: &View) {
+fn serve(socket: &OwnedFd, file: &File, view: &View) {
     let (mut packet, mut bytes) = (vec![0; MAX_REQUEST + 1], vec![0; SLOT]);
     loop {
         let count = match recv(socket, packet.as_mut_slice(), RecvFlags::empty()) {
@@ -88,17 +91,17 @@ fn serve(socket: &OwnedFd, file: &OwnedFd, view: &View) {
 /// Carries out a request; fails where the tool's memfd does.
 fn copy(
     request: &CopyRequest,
-    file: &OwnedFd,
+    file: &File,
     view: &View,
     bytes: &mut [u8],
-) -> Result<CopyAnswer, Errno> {
+) -> io::Result<CopyAnswer> {
     let (mut at, mut pieces) = (u64::from(request.at), 0);
     for piece in &request.pieces {
         let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
         // The pieces of a request are no longer than a slot.
-        let bytes = bytes.get_mut(..len).ok_or(Errno::INVAL)?;
+        let bytes = bytes.get_mut(..len).ok_or(io::ErrorKind::InvalidInput)?;
         let copied = if request.write {
-            read_exact(file, bytes, at)?;
+            file.read_exact_at(bytes, at)?;
             view.write_at(piece.gpa, bytes)
         } else {
             view.read_at(piece.gpa, bytes)
@@ -108,7 +111,7 @@ fn copy(
             Err(error) => (before_hole(error, piece), status_of(error)),
         };
         if !request.write {
-            write_all(file, bytes.get(..count).unwrap_or_default(), at)?;
+            file.write_all_at(bytes.get(..count).unwrap_or_default(), at)?;
         }
         if copied.is_err() {
             let bytes = u32::try_from(count).unwrap_or_default();
@@ -134,34 +137,4 @@ fn status_of(error: &ViewError) -> Status {
         ViewError::Revoked { .. } | ViewError::Gone { .. } => Status::Ended,
         _ => Status::NoMemory,
     }
-}
-
-fn read_exact(file: &OwnedFd, mut bytes: &mut [u8], mut at: u64) -> Result<(), Errno> {
-    while !bytes.is_empty() {
-        match pread(file, &mut *bytes, at) {
-            Ok(0) => return Err(Errno::IO),
-            Ok(count) => {
-                at += count as u64;
-                bytes = bytes.get_mut(count..).unwrap_or_default();
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
-    while !bytes.is_empty() {
-        match pwrite(file, bytes, at) {
-            Ok(0) => return Err(Errno::IO),
-            Ok(count) => {
-                at += count as u64;
-                bytes = bytes.get(count..).unwrap_or_default();
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
