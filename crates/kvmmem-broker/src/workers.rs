@@ -163,8 +163,8 @@ impl Party {
     }
 }
 
-/// Whether the kernel finds a path, or knows that there is none, without asking a file system. It
-/// has the path of a unix socket that is bound in its cache. Before Linux 5.12 it does not say.
+/// Whether the kernel's cache alone tells where a path leads, or that there is none; no file system
+/// is asked. The path of a bound unix socket is in it. Always false before Linux 5.12.
 fn is_cached(path: &Path) -> bool {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let found = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::CACHED);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Views of an introspector under the stock QEMU of this machine, of which the test is the guest.
+//! Views of an introspector under this machine's stock QEMU; the test plays the guest.
 
 mod common;
 

@@ -82,7 +82,7 @@ struct Peer {
     known: BTreeSet<u64>,
     /// Targets whose end it was told of.
     gone: BTreeSet<u64>,
-    /// The grant by which it has just got to know a target, and that.
+    /// A grant and its target, if the action before this one sent the target's files for it.
     last: Option<(u64, u64)>,
 }
 

@@ -110,7 +110,7 @@ impl Link {
         }
     }
 
-    /// The target of which the guest has mapped a page by a grant.
+    /// A grant's target, if the guest has mapped a page by the grant.
     pub(super) fn mapped(&self, grant: u64) -> Option<u64> {
         let broker = self.broker.upgrade()?;
         let tables = broker.tables();

@@ -39,8 +39,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 static WARNINGS: RateLimit = RateLimit::new(5);
 
 impl Introspector {
-    /// Makes a token for a tool of this VM, and lists it in the page of the view by which the guest's
-    /// driver serves MAP.
+    /// Makes a token for a tool of this VM, and lists it in a view's descriptor page: the guest's driver
+    /// serves MAP from that view.
     ///
     /// # Errors
     /// Those of [`Broker::mint`], and EAGAIN while the view is being plugged in.
@@ -195,7 +195,7 @@ impl Introspector {
         open.iter().for_each(|view| view.withdraw(&self.link, token));
     }
 
-    /// The target of which pages are mapped by a token whose grant was revoked.
+    /// A revoked grant's target, if a token of the grant has mapped pages.
     pub(super) fn mapped_by(&self, grant: u64) -> Option<u64> {
         let open = lock(&self.token_views.list).open();
         let used = open.iter().find(|view| view.revoke(grant)).map(|view| view.view.target);

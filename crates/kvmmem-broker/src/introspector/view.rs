@@ -37,7 +37,7 @@ pub(super) struct View {
     pub(super) grant: u64,
     pub(super) target: u64,
     pub(super) scope: Scope,
-    /// Further grants by whose revocation it ends: those of tokens by which pages were mapped.
+    /// Further grants whose revocation ends the view: their tokens have mapped pages of it.
     ended_by: Mutex<BTreeSet<u64>>,
     /// What it shows of the target; `None` before that is known.
     regions: Mutex<Option<Vec<Region>>>,

@@ -130,7 +130,7 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     let (done, is_done) = mpsc::channel();
     workers.run(Party::Target(1), move || done.send(()).unwrap());
     assert_eq!(is_done.recv_timeout(LIMIT), Ok(()));
-    // A path of which the kernel needs no file system may be looked for, several times as well.
+    // A path that is in the kernel's cache may be looked for, also several times at once.
     let (found, is_found) = mpsc::channel();
     for _ in 0..3 {
         let found = found.clone();

@@ -23,8 +23,8 @@ use super::{TestBroker, caller, request};
 /// The introspector's context id.
 pub(crate) const CID: u32 = 77;
 
-/// Where a guest of the machine `pc` chooses a PCI bus, reads which of its slots it shall let go
-/// of, and ejects slots.
+/// I/O ports of the machine `pc`'s PCI hot plug: the guest selects a bus, reads which of its slots
+/// are to be ejected, and ejects them.
 pub(crate) const BUS: u64 = 0xae10;
 pub(crate) const REMOVED: u64 = 0xae04;
 pub(crate) const EJECT: u64 = 0xae08;

@@ -14,7 +14,7 @@ use super::table::Grants;
 use crate::core::limits::MAX_VIEWS_PER_PEER;
 
 impl Grants {
-    /// The target of which a connection has mapped a page by a grant.
+    /// A grant's target, if a connection has mapped a page by the grant.
     pub(crate) fn mapped(&self, id: u64, by: u64) -> Option<u64> {
         let grant = self.grants.get(&id)?;
         grant.users.contains(&by).then_some(grant.terms.target)
