@@ -59,14 +59,14 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
     pair.broker.admin().remove_introspector("watcher").unwrap();
     add(&pair.broker, &pair.qemu, OnSilence::Report).unwrap();
     assert_eq!(pair.retired(), ["pci.0"]);
-    pair.command("system_reset");
+    pair.reset();
     wait_for("the port to be used again", || pair.retired().is_empty());
     assert_eq!(pair.marks(), 0);
     let introspector = pair.broker.service.introspector(CID).unwrap();
     let token = pair.broker.grant(&request(Rights::ReadOnly)).token;
     let opened = introspector.open(&token, &caller(), false, MappedBy::Library).unwrap();
     // A reset under a view takes all mappings along.
-    pair.command("system_reset");
+    pair.reset();
     wait_for("the view to end", || opened.ended());
     drop(opened);
     wait_for("the view to go", || pair.counts() == (0, 0) && pair.marks() == 0);
@@ -224,11 +224,11 @@ fn a_reset_ends_all_views() {
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
-    pair.command("system_reset");
+    pair.reset();
     wait_for("the view to end", || opened.ended());
     // QEMU does at the next reset what the guest was asked for.
     wait_long("the devices to go", || {
-        pair.command("system_reset");
+        pair.reset();
         pair.counts() == (0, 0)
     });
     drop(opened);

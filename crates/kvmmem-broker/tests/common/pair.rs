@@ -3,6 +3,7 @@
 //! its driver, by the descriptor's file and by the I/O ports that a guest's ACPI writes to.
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -17,7 +18,7 @@ use kvmmem_proto::guest::MappedBy;
 use rustix::fs::{Mode, OFlags, SealFlags};
 use serde_json::{Value, json};
 
-use super::qemu::{Monitor, Qemu};
+use super::qemu::{Monitor, Qemu, wait_long};
 use super::{TestBroker, caller, request};
 
 /// The introspector's context id.
@@ -40,13 +41,23 @@ pub(crate) struct Pair {
     pub(crate) target: Option<VmmLink>,
     /// QEMU serves one client of a monitor at a time.
     pub(crate) monitor: Arc<Mutex<Monitor>>,
+    /// The firmware's.
+    log: PathBuf,
 }
 
 impl Pair {
     pub(crate) fn start(on_silence: OnSilence) -> Option<Self> {
         let broker = TestBroker::start();
         broker.service.set_guest_port(None);
-        let qemu = Qemu::start(&broker, "watcher", &["-machine", "pc", "-m", "64"])?;
+        let log = broker.directory.path().join("firmware.log");
+        let debugcon = format!("file:{}", log.display());
+        let firmware = ["-debugcon", &debugcon, "-global", "isa-debugcon.iobase=0x402"];
+        let qemu = Qemu::start(
+            &broker,
+            "watcher",
+            &[&["-machine", "pc", "-m", "64"], &firmware[..]].concat(),
+        )?;
+        wait_for_firmware(&log, 0);
         let added = add(&broker, &qemu, on_silence).unwrap();
         let vm = &added.target.identity;
         assert!(added.places > 20 && vm.introspector && vm.cid == Some(CID));
@@ -54,7 +65,7 @@ impl Pair {
         let introspector = broker.service.introspector(CID).unwrap();
         let target = Some(target(&broker));
         let monitor = Arc::new(Mutex::new(qemu.monitor()));
-        Some(Self { broker, qemu, introspector, target, monitor })
+        Some(Self { broker, qemu, introspector, target, monitor, log })
     }
 
     pub(crate) fn open(&self, request: &GrantRequest) -> Result<OpenView, OpenError> {
@@ -93,6 +104,13 @@ impl Pair {
         self.monitor.lock().unwrap().execute(command, json!({}))
     }
 
+    /// Resets the VM.
+    pub(crate) fn reset(&self) {
+        let before = std::fs::read(&self.log).unwrap().len();
+        self.command("system_reset");
+        wait_for_firmware(&self.log, before);
+    }
+
     /// How many devices and backends of ours there are.
     pub(crate) fn counts(&self) -> (usize, usize) {
         let count = |path: &str| {
@@ -101,6 +119,17 @@ impl Pair {
         };
         (count("/machine/peripheral"), count("/objects"))
     }
+}
+
+/// Waits until the firmware has written more than `before` bytes and halts, having found nothing to
+/// boot. A device that comes or goes under a vCPU that stores to another one can crash an emulating
+/// QEMU before 8.1.1: it replaces the memory map before it flushes the vCPU's TLB (its commit
+/// 0d58c660689f mends that).
+fn wait_for_firmware(log: &Path, before: usize) {
+    wait_long("the firmware to halt", || {
+        let log = std::fs::read(log).unwrap_or_default();
+        log.len() > before && log.trim_ascii_end().ends_with(b"No bootable device.")
+    });
 }
 
 pub(crate) fn target(broker: &TestBroker) -> VmmLink {
@@ -164,7 +193,9 @@ impl Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
+        let ended = self.thread.take().unwrap().join();
+        // A second panic would end the program, and the tests beside this one.
+        assert!(ended.is_ok() || std::thread::panicking(), "the driver has failed");
     }
 }
 
