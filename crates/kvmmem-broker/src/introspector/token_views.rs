@@ -57,7 +57,7 @@ impl Introspector {
             // The target's policy may just have changed.
             let (token, grant) = broker.mint_granted(target, endpoint, tool, scope.rights)?;
             if let Some(view) = view {
-                view.list(&token, grant).inspect_err(|_| broker.withdraw(grant))?;
+                list_granted(&broker, &view, &token, grant)?;
             }
             Ok(token)
         });
@@ -200,5 +200,84 @@ impl Introspector {
         let open = lock(&self.token_views.list).open();
         let used = open.iter().find(|view| view.revoke(grant)).map(|view| view.view.target);
         used.or_else(|| self.link.mapped(grant))
+    }
+}
+
+/// Lists a token that is about to be given out, unless its grant was revoked meanwhile: the
+/// introspector's thread withdraws what is listed when it handles a revocation.
+///
+/// # Errors
+/// Those of [`TokenView::list`], and EAGAIN where the grant was revoked.
+fn list_granted(
+    broker: &Broker,
+    view: &TokenView,
+    token: &Token,
+    grant: u64,
+) -> Result<(), KvmError> {
+    view.list(token, grant).inspect_err(|_| broker.withdraw(grant))?;
+    // A revocation from here on finds it listed.
+    if broker.tables().core.grants.is_active(broker.now(), grant) {
+        return Ok(());
+    }
+    view.revoke(grant);
+    Err(KvmError::Again)
+}
+
+#[cfg(test)]
+mod tests {
+    use kvmmem_abi::descriptor::Descriptor;
+    use kvmmem_abi::token_list::{DIGEST_SIZE, digest_at};
+    use kvmmem_proto::message::{Answer, Call, NewGrant};
+    use kvmmem_proto::scope::Scope;
+    use kvmmem_qemu::monitor::Counts;
+    use kvmmem_qemu::windows::descriptor::Pages;
+
+    use super::super::inbox::Inbox;
+    use super::super::view::{View, ViewGrant};
+    use super::*;
+    use crate::core::limits::Limits;
+    use crate::service::Service;
+    use crate::test_peer::{Connection, grant_request};
+
+    /// A view that lists tokens, and its page.
+    fn token_view() -> (TokenView, Arc<std::os::fd::OwnedFd>) {
+        let scope = Scope::whole(Rights::ReadOnly);
+        let view = View::new(&ViewGrant { view: 1, grant: 1, target: 1, scope }, Counts::default());
+        let pages = Pages::new(Descriptor::default(), Vec::new(), 1).unwrap();
+        let page = Arc::clone(&pages.files()[0]);
+        *lock(&view.pages) = Some(pages);
+        let inbox = Arc::new(Inbox::new().unwrap());
+        (TokenView::new(Arc::new(view), inbox).unwrap(), page)
+    }
+
+    #[test]
+    fn a_token_that_is_revoked_before_it_is_listed_is_not_listed() {
+        let service = Arc::new(Service::new(Limits::default()));
+        let [mut tiger, mut root] = [(); 2].map(|()| Connection::new(&service, 0));
+        tiger.register_target("tiger").unwrap();
+        let mut grant = || {
+            let granted = root.ask(Call::Grant(grant_request("tiger")), None).unwrap();
+            let Answer::Granted(NewGrant { grant, token }) = granted else { panic!("no grant") };
+            (token, grant)
+        };
+        let (broker, (view, page)) = (service.broker(), token_view());
+        let is_listed = || {
+            let mut digest = [0; DIGEST_SIZE];
+            rustix::io::pread(&page, &mut digest, digest_at(0) as u64).unwrap();
+            digest != [0; DIGEST_SIZE]
+        };
+        let (token, good) = grant();
+        assert_eq!(list_granted(broker, &view, &token, good), Ok(()));
+        assert!(is_listed());
+        broker.withdraw(good);
+        // As the introspector's thread does.
+        view.revoke(good);
+        assert!(!is_listed());
+
+        let (token, revoked) = grant();
+        broker.withdraw(revoked);
+        view.revoke(revoked);
+        assert_eq!(list_granted(broker, &view, &token, revoked), Err(KvmError::Again));
+        assert!(!is_listed());
     }
 }

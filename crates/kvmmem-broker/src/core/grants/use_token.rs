@@ -25,6 +25,11 @@ impl Grants {
             .map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
     }
 
+    /// Whether a grant's token can be used now.
+    pub(crate) fn is_active(&self, now: Instant, id: u64) -> bool {
+        self.grants.get(&id).is_some_and(|grant| grant.state(now) == GrantState::Active)
+    }
+
     /// Uses a token for one page. `None` where the token was pushed to this user, and is still
     /// there to be claimed.
     ///
