@@ -59,7 +59,7 @@ struct Content<V> {
 /// Why what is there is not read.
 #[derive(Debug, thiserror::Error)]
 enum ReadError {
-    #[error("it cannot be read")]
+    #[error("the system does not read it")]
     Io(#[from] io::Error),
     #[error("it has more than {MAX_SIZE:#x} bytes")]
     TooLong,
@@ -69,12 +69,23 @@ enum ReadError {
     Version(u32),
 }
 
+/// Why the system does not read a file that it may read later: the file is left where it is.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot read {path}; start the broker once it can be read, or move it away and add the VMs again"
+)]
+struct Unreadable {
+    path: PathBuf,
+    source: io::Error,
+}
+
 impl StateFile {
     /// The file in a folder, and what it says of VMs that may still run. Where it makes no sense it
     /// is renamed, so that nothing is lost; the log tells, and it says nothing.
     ///
     /// # Errors
-    /// Where the folder cannot be made or written to, or there are [`MAX_UNREAD`] of those.
+    /// Where the folder cannot be made or written to, the system does not read the file, or there are
+    /// [`MAX_UNREAD`] of those.
     pub(super) fn open(directory: &Path) -> io::Result<(Self, Vec<Entry>)> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let boot = std::fs::read_to_string(BOOT_ID)?.trim().to_owned();
@@ -91,6 +102,9 @@ impl StateFile {
                 Vec::new()
             }
             Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(ReadError::Io(source)) if source.kind() != io::ErrorKind::IsADirectory => {
+                return Err(io::Error::new(source.kind(), Unreadable { path: file.path, source }));
+            }
             Err(error) => {
                 let kept = set_aside(directory, &file.path)?;
                 let (path, kept) = (file.path.display(), kept.display());
@@ -210,13 +224,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
         let kept = |number: usize| directory.path().join(format!("{UNREAD}{number}"));
-        let all =
-            ["", "{", "[]", "{\"version\":2,\"vms\":7}", "{\"version\":1,\"boot\":\"\"}", "\u{0}"];
+        let too_long = vec![b' '; usize::try_from(MAX_SIZE).unwrap() + 1];
+        let all: [&[u8]; 8] = [
+            b"",
+            b"{",
+            b"[]",
+            b"{\"version\":2,\"vms\":7}",
+            b"{\"version\":1,\"boot\":\"\"}",
+            b"\0",
+            b"{\"version\":1,\"boot\":\"\xff\",\"vms\":[]}",
+            &too_long,
+        ];
         for (number, garbage) in (1..).zip(all) {
             std::fs::write(&path, garbage).unwrap();
             let (mut file, none) = StateFile::open(directory.path()).unwrap();
-            assert_eq!(none, [], "{garbage:?}");
-            assert_eq!(std::fs::read_to_string(kept(number)).unwrap(), garbage);
+            assert_eq!(none, [], "{number}");
+            assert!(std::fs::read(kept(number)).unwrap() == garbage, "{number}");
             file.write(entries().iter());
             assert_eq!(StateFile::open(directory.path()).unwrap().1, entries());
         }
@@ -233,6 +256,22 @@ mod tests {
         let error = StateFile::open(directory.path()).unwrap_err().to_string();
         assert!(error.contains("added.json cannot be read"), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "the last one");
+    }
+
+    /// Links to a file of which each read fails with EIO, and to itself (ELOOP).
+    #[test]
+    fn what_the_system_does_not_read_stays_and_fails_the_start() {
+        for (target, reason) in [("/proc/self/mem", Errno::IO), (NAME, Errno::LOOP)] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join(NAME);
+            std::os::unix::fs::symlink(target, &path).unwrap();
+            let error = StateFile::open(directory.path()).unwrap_err();
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+            let source = std::error::Error::source(&error).unwrap().downcast_ref().unwrap();
+            assert_eq!(Errno::from_io_error(source), Some(reason));
+            assert_eq!(std::fs::read_link(&path).unwrap(), Path::new(target));
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        }
     }
 
     /// As the first broker that had this file wrote it.
