@@ -5,9 +5,11 @@
 mod common;
 
 use std::fs::File;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvmmem::host::HostLink;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
@@ -78,6 +80,39 @@ fn a_token_keeps_its_use_where_the_view_cannot_be_given() {
             "{again:?}"
         );
     }
+}
+
+/// What [`tool_with_few_descriptors`] is told.
+const TOOL: [&str; 3] = ["KVMMEM_TEST_SOCKET", "KVMMEM_TEST_TOKEN", "KVMMEM_TEST_LEFT"];
+
+#[test]
+fn a_tool_without_descriptors_uses_no_token() {
+    let _alone = alone();
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let uses = 25;
+    let granted = broker.grant(&GrantRequest { uses, ..request(Rights::ReadOnly) });
+    let mut attached = 0;
+    for left in 0..uses {
+        let [socket, token, few] = TOOL;
+        let mut tool = Command::new(std::env::current_exe().unwrap());
+        tool.args(["--exact", "tool_with_few_descriptors", "--ignored"]);
+        tool.env(socket, &broker.path)
+            .env(token, &*granted.token.to_hex())
+            .env(few, left.to_string());
+        attached += u32::from(tool.output().unwrap().status.success());
+        assert_eq!(broker.grants()[0].uses_left, uses - attached, "{left} descriptors");
+    }
+    assert!(0 < attached && attached < uses, "{attached}");
+}
+
+#[test]
+#[ignore = "the tool of the test above, in a process of its own"]
+fn tool_with_few_descriptors() {
+    let [Ok(socket), Ok(token), Ok(left)] = TOOL.map(std::env::var) else { return };
+    let mut taken = take_all();
+    taken.truncate(taken.len() - left.parse::<usize>().unwrap());
+    drop(HostLink::attach(socket.as_ref(), &token.parse().unwrap(), true).unwrap());
 }
 
 /// The target's files come to a VMM with its first view or page of that target.

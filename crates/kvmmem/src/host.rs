@@ -12,6 +12,7 @@
 mod channel;
 mod copier;
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::client;
 pub use kvmmem_proto::client::ClientError;
-use kvmmem_proto::map::{MemoryMap, Region};
+use kvmmem_proto::map::{MAX_FILES, MemoryMap, Region};
 use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
@@ -107,7 +108,9 @@ impl HostLink {
     /// ```
     ///
     /// # Errors
-    /// [`ClientError`] if the broker cannot be reached or refuses the token.
+    /// [`ClientError`] if the broker cannot be reached or refuses the token, and
+    /// [`ClientError::Local`] if this process has fewer than [`MAX_FILES`] file descriptors left: the
+    /// token is not used then.
     pub fn attach(
         socket: &Path,
         token: &Token,
@@ -140,6 +143,7 @@ impl HostLink {
         reaching: &[Span],
     ) -> Result<(Self, HostView), ClientError> {
         let socket = client::connect(socket)?;
+        check_descriptors(&socket)?;
         // The broker takes only the name from this; it has process and user from the socket.
         let caller = Caller::this_process();
         let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
@@ -295,6 +299,15 @@ impl HostLink {
             }
         }
     }
+}
+
+/// Checks that this process has the file descriptors that a target's RAM may take. Without them an
+/// answer brings no files, and the token is used all the same.
+fn check_descriptors(socket: &PacketSocket) -> Result<(), ClientError> {
+    let spare: io::Result<Vec<OwnedFd>> =
+        (0..MAX_FILES).map(|_| socket.as_fd().try_clone_to_owned()).collect();
+    let what = "reserve file descriptors (raise ulimit -n)";
+    spare.map(drop).map_err(|source| ClientError::Local { what, source })
 }
 
 /// Opens channels for the copies of a view, at least one. `early` gets what the broker pushes
