@@ -167,8 +167,7 @@ impl Broker {
                     return Err(CallError::busy());
                 }
                 ((Reply::Redeemed(opened), _), Err(NotSent { target: Some(_) })) => {
-                    let grant = opened.grant;
-                    self.decide(|tables| tables.core.unreceived(now, who, grant))?;
+                    self.decide(|tables| tables.core.undo_redeem(now, who, &opened));
                     return Err(CallError::busy());
                 }
                 (decided, _) => return Ok(decided),

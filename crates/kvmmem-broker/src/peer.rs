@@ -296,8 +296,9 @@ pub(crate) struct NotSent {
 
 fn message(push: &Push) -> FromBroker {
     match push {
-        Push::Target { target, identity, layout } => FromBroker::Target {
+        Push::Target { target, introduction, identity, layout } => FromBroker::Target {
             id: *target,
+            introduction: *introduction,
             identity: VmIdentity::clone(identity),
             generation: layout.generation,
             regions: layout.regions(),

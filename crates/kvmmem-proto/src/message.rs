@@ -98,12 +98,16 @@ pub enum Call {
         /// Its last counters.
         counters: ViewCounters,
     },
-    /// Tells that the files of a grant's target have not arrived, so that what was opened by the
-    /// grant cannot be used: its views are closed, and its token gets its use back. The files come
-    /// again with what is opened next. One way: never answered.
+    /// Tells that the files of a target did not arrive, so that what was opened cannot be used: it is
+    /// closed, and an operator's token gets the use back. The files come again with what is opened
+    /// next. One way: never answered.
     Unreceived {
-        /// Number of the grant.
-        grant: u64,
+        /// Number of the target.
+        target: u64,
+        /// Which of its introductions did not arrive: a later one is not undone.
+        introduction: u64,
+        /// What cannot be used.
+        unusable: Unusable,
     },
     /// Tells the counters of a view of this connection. One way: never answered.
     Counters {
@@ -245,6 +249,16 @@ impl Call {
                 | Self::VcpuAnswer { .. }
         )
     }
+}
+
+/// What a peer cannot use for want of a target's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unusable {
+    /// A view, by its number.
+    View(u64),
+    /// A grant's token, by the grant's number: pushed, or traded for a page.
+    Token(u64),
 }
 
 /// What happened to a target's RAM.

@@ -45,8 +45,7 @@ pub enum PacketError {
     /// The packet brings more than [`MAX_FILES`] file descriptors.
     #[error("packet brings more than {MAX_FILES} file descriptors")]
     TooManyFds,
-    /// This process may have no more file descriptors, and the packet brings some. They are lost,
-    /// and the packet with them.
+    /// This process may have no more file descriptors, and the packet brings some. They are lost.
     #[error("no file descriptor is left for those of a packet")]
     NoDescriptors,
     /// The packet is not the JSON object that was expected.
@@ -56,6 +55,9 @@ pub enum PacketError {
     #[error("message cannot be written")]
     Encode(#[source] serde_json::Error),
 }
+
+/// A message and the files beside it; `None` where this process has no descriptors left for them.
+pub type LossyPacket<T> = (T, Option<Vec<OwnedFd>>);
 
 /// Whether to wait for a peer that does not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +178,21 @@ impl PacketSocket {
         &self,
         buffer: &mut PacketBuffer,
     ) -> Result<Option<(T, Vec<OwnedFd>)>, PacketError> {
+        match self.receive_lossy(buffer)? {
+            Some((message, Some(files))) => Ok(Some((message, files))),
+            Some((_, None)) => Err(PacketError::NoDescriptors),
+            None => Ok(None),
+        }
+    }
+
+    /// As [`Self::receive`], for a receiver that does something about files that are lost.
+    ///
+    /// # Errors
+    /// Those of [`Self::receive`] but [`PacketError::NoDescriptors`].
+    pub fn receive_lossy<T: DeserializeOwned>(
+        &self,
+        buffer: &mut PacketBuffer,
+    ) -> Result<Option<LossyPacket<T>>, PacketError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
@@ -206,13 +223,11 @@ impl PacketSocket {
             return Err(PacketError::TooLong);
         }
         let is_short = received.flags.contains(ReturnFlags::CTRUNC);
-        if is_short && fds.len() < MAX_FILES {
-            return Err(PacketError::NoDescriptors);
-        }
-        if is_short || fds.len() > MAX_FILES {
+        let is_lost = is_short && fds.len() < MAX_FILES;
+        if !is_lost && (is_short || fds.len() > MAX_FILES) {
             return Err(PacketError::TooManyFds);
         }
-        Ok(Some((parsed.map_err(PacketError::Malformed)?, fds)))
+        Ok(Some((parsed.map_err(PacketError::Malformed)?, (!is_lost).then_some(fds))))
     }
 
     /// Ends the connection: wakes the threads that receive on it, here and at the peer.

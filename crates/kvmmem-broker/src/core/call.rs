@@ -103,8 +103,8 @@ impl Core {
                 self.begin_close(view, who, counters)?;
                 Reply::Closing { view }
             }
-            Call::Unreceived { grant } => {
-                self.unreceived(now, who, grant)?;
+            Call::Unreceived { target, introduction, unusable } => {
+                self.unreceived(now, who, (target, introduction), unusable)?;
                 Reply::Nothing
             }
             Call::Counters { view, counters } => {

@@ -24,7 +24,7 @@ pub(crate) enum Effect {
 #[derive(Clone, Debug)]
 pub(crate) enum Push {
     /// A target, with the files of its RAM, before the first use of its number.
-    Target { target: u64, identity: Arc<VmIdentity>, layout: Arc<Layout> },
+    Target { target: u64, introduction: u64, identity: Arc<VmIdentity>, layout: Arc<Layout> },
     /// A token for the peer.
     Granted { token: Token, opened: Access },
     /// A grant was revoked.

@@ -4,10 +4,10 @@
 use std::time::Instant;
 
 use kvmmem_proto::map::SHARE_IT;
-use kvmmem_proto::message::{Refusal, VmIdentity};
+use kvmmem_proto::message::{Refusal, Unusable, VmIdentity};
 
 use super::call_error::CallError;
-use super::grants::Grants;
+use super::grants::{Access, Grants, User};
 use super::machine::Core;
 use super::peers::NotIntroduced;
 
@@ -29,14 +29,13 @@ impl From<CallError> for NotSent {
 }
 
 impl Core {
-    /// Gives something out under a grant once the peer knows the target, or is told of it first:
-    /// `give` gets whether the target's files are sent.
+    /// Gives something out under a grant once the peer knows the target, or is told of it first.
     pub(super) fn introducing<T>(
         &mut self,
         who: u64,
         target: u64,
         may_get_files: bool,
-        give: impl FnOnce(&mut Grants, bool) -> Result<T, CallError>,
+        give: impl FnOnce(&mut Grants) -> Result<T, CallError>,
     ) -> Result<T, NotSent> {
         let both = self.peers.get_mut(&who).zip(self.vms.get(target));
         let (peer, vm) = both.ok_or_else(CallError::busy)?;
@@ -44,7 +43,7 @@ impl Core {
             NotIntroduced::Unread => NotSent::Unread,
             NotIntroduced::NoFiles => NotSent::Refused(CallError::busy()),
         })?;
-        let given = give(&mut self.grants, introduced.is_some());
+        let given = give(&mut self.grants);
         if given.is_ok() {
             self.effects.extend(introduced);
         } else if introduced.is_some() {
@@ -53,27 +52,47 @@ impl Core {
         Ok(given?)
     }
 
-    /// Undoes what a peer has opened by a grant, or the push of its token: the target's files have
-    /// not arrived there. An operator's token gets its use back. A peer that lies has the files, and
-    /// gets no more by another use.
+    /// Undoes what a peer has opened, or the push of a token to it: the target's files did not arrive
+    /// there. The peer's message may be late: what it has opened or learnt since stays, and what has
+    /// ended meanwhile is none of its concern. A peer that lies has the files, and gets no more by
+    /// another use.
     ///
     /// # Errors
-    /// Where the peer has nothing by that grant.
+    /// Where the peer's VM is no introspector.
     pub(crate) fn unreceived(
         &mut self,
         now: Instant,
         who: u64,
-        grant: u64,
+        (target, introduction): (u64, u64),
+        unusable: Unusable,
     ) -> Result<(), CallError> {
         let by = self.user(who)?;
-        let (target, closed) = self.grants.unreceived(now, grant, by).ok_or_else(|| {
-            let message = format!("this connection has nothing by grant {grant}");
-            CallError::new(Refusal::Unknown, message)
-        })?;
-        self.not_introduced(who, target);
-        self.closed(closed, NO_FILES);
-        self.released(grant, who);
+        if let Some(peer) = self.peers.get_mut(&who) {
+            peer.unreceived(target, introduction);
+        }
+        match unusable {
+            Unusable::View(view) => {
+                if let Some(view) = self.undo_view(now, view, who) {
+                    self.closed(vec![view], NO_FILES);
+                }
+            }
+            Unusable::Token(grant) => self.undo_use(now, grant, by),
+        }
         Ok(())
+    }
+
+    /// Undoes a use of a token for a page: the target could not be sent to the peer.
+    pub(crate) fn undo_redeem(&mut self, now: Instant, who: u64, opened: &Access) {
+        self.not_introduced(who, opened.target);
+        if let Ok(by) = self.user(who) {
+            self.undo_use(now, opened.grant, by);
+        }
+    }
+
+    fn undo_use(&mut self, now: Instant, grant: u64, by: User) {
+        if self.grants.undo_redeem(now, grant, by) {
+            self.released(grant, by.peer);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The connections, what each of them is by now, and which targets it knows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kvmmem_proto::credentials::Credentials;
@@ -18,8 +18,11 @@ pub(crate) struct Peer {
     pub(super) vm: Option<u64>,
     /// Whether it has opened a view as a process of the host.
     pub(super) has_views: bool,
-    /// The targets that it hears of.
-    known: BTreeSet<u64>,
+    /// The targets that it hears of, with the numbers of their introductions; 0 where it gets the
+    /// files otherwise.
+    known: BTreeMap<u64, u64>,
+    /// Number of its last introduction to a target.
+    last_introduction: u64,
 }
 
 /// The connections by number.
@@ -37,7 +40,13 @@ pub(super) enum NotIntroduced {
 
 impl Peer {
     pub(super) fn new(credentials: Credentials) -> Self {
-        Self { credentials, vm: None, has_views: false, known: BTreeSet::new() }
+        Self {
+            credentials,
+            vm: None,
+            has_views: false,
+            known: BTreeMap::new(),
+            last_introduction: 0,
+        }
     }
 
     pub(super) fn role(&self) -> Role {
@@ -59,7 +68,7 @@ impl Peer {
         target: &Vm,
         may_get_files: bool,
     ) -> Result<Option<Effect>, NotIntroduced> {
-        if self.known.contains(&target.id) {
+        if self.knows(target.id) {
             return Ok(None);
         }
         let layout = target.layout.as_ref().filter(|layout| !layout.is_private);
@@ -67,23 +76,32 @@ impl Peer {
         if !may_get_files {
             return Err(NotIntroduced::Unread);
         }
-        self.known.insert(target.id);
+        self.last_introduction += 1;
+        let introduction = self.last_introduction;
+        self.known.insert(target.id, introduction);
         let identity = Arc::clone(&target.identity);
-        let push = Push::Target { target: target.id, identity, layout };
+        let push = Push::Target { target: target.id, introduction, identity, layout };
         Ok(Some(Effect::Push { peer: number, push }))
     }
 
     /// The peer gets a target's files otherwise, and hears of the target from now on.
     pub(super) fn watch(&mut self, target: u64) {
-        self.known.insert(target);
+        self.known.insert(target, 0);
     }
 
     pub(super) fn knows(&self, target: u64) -> bool {
-        self.known.contains(&target)
+        self.known.contains_key(&target)
     }
 
     /// Returns whether the peer knew the target.
     pub(super) fn forget(&mut self, target: u64) -> bool {
-        self.known.remove(&target)
+        self.known.remove(&target).is_some()
+    }
+
+    /// The files of a target did not arrive with this introduction; a later one stays.
+    pub(super) fn unreceived(&mut self, target: u64, introduction: u64) {
+        if self.known.get(&target) == Some(&introduction) {
+            self.known.remove(&target);
+        }
     }
 }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::call_error::CallError;
 use super::effect::{Effect, Push};
-use super::grants::{Access, Grants, Holder, Names, Terms, UseError, User};
+use super::grants::{Access, Grants, Holder, Names, Terms, UseError};
 use super::introduction::{NotSent, private};
 use super::limits::KVMI_LIFETIME;
 use super::machine::Core;
@@ -113,7 +113,7 @@ impl Core {
             let grant = mint(&mut self.grants, Holder::Anybody)?;
             return Ok(NewToken { grant, scope, holder: None });
         };
-        let pushed = self.introducing(peer, target, may_get_files, |grants, _| {
+        let pushed = self.introducing(peer, target, may_get_files, |grants| {
             Ok(mint(grants, Holder::Pushed(peer)))
         });
         let grant = match pushed {
@@ -184,8 +184,8 @@ impl Core {
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
             return Err(private(&vm.identity).into());
         }
-        self.introducing(who, target, may_get_files, |grants, gets_files| {
-            grants.redeem(now, token, User { gets_files, ..by }).map_err(CallError::from)
+        self.introducing(who, target, may_get_files, |grants| {
+            grants.redeem(now, token, by).map_err(CallError::from)
         })
     }
 

@@ -77,14 +77,14 @@ impl Core {
             None => HOST.to_owned(),
         };
         let mut is_first = false;
-        let attach = |grants: &mut Grants, gets_files| {
-            let (by, of) = (User { gets_files, ..by }, (name.as_str(), caller.clone()));
+        let attach = |grants: &mut Grants| {
+            let of = (name.as_str(), caller.clone());
             grants.attach(now, token, by, of, *read_only).map_err(CallError::from)
         };
         let (view, opened) = if by.vm.is_some() {
             self.introducing(who, target, may_get_files, attach)?
         } else {
-            let attached = attach(&mut self.grants, false)?;
+            let attached = attach(&mut self.grants)?;
             if let Some(peer) = self.peers.get_mut(&who) {
                 peer.watch(target);
                 is_first = !std::mem::replace(&mut peer.has_views, true);
@@ -126,22 +126,23 @@ impl Core {
     /// Closes a view. A peer that holds nothing else under the grant need not confirm its
     /// revocation. The view may have ended meanwhile, with its target.
     pub(crate) fn close_view(&mut self, now: Instant, view: u64, peer: u64) {
-        if let Some(view) = self.remove_view(now, view, peer) {
+        if let Some(view) = self.grants.detach(now, view, peer) {
+            self.released(view.grant, peer);
             self.effects.push(Effect::Closed { view, reason: "closed" });
         }
     }
 
     /// Removes a view that its peer was never told of; the token gets its use back.
     pub(crate) fn undo_attach(&mut self, now: Instant, attached: &NewView, peer: u64) {
-        self.grants.return_use(now, attached.opened.grant, peer);
-        self.remove_view(now, attached.view, peer);
+        self.undo_view(now, attached.view, peer);
         if let Some(peer) = self.peers.get_mut(&peer).filter(|_| attached.is_first) {
             peer.has_views = false;
         }
     }
 
-    fn remove_view(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
-        let closed = self.grants.detach(now, view, peer)?;
+    /// Removes a view that its peer cannot use; an operator's token gets its use back.
+    pub(super) fn undo_view(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
+        let closed = self.grants.undo_attach(now, view, peer)?;
         self.released(closed.grant, peer);
         Some(closed)
     }
@@ -188,13 +189,13 @@ impl Core {
     /// Where the peer's VM is no introspector.
     pub(super) fn user(&self, who: u64) -> Result<User, CallError> {
         let Some(vm) = self.peers.get(&who).and_then(|peer| peer.vm) else {
-            return Ok(User { peer: who, vm: None, uuid: None, gets_files: false });
+            return Ok(User { peer: who, vm: None, uuid: None });
         };
         let introspector = self.vms.get(vm).filter(|vm| vm.identity.introspector);
         let introspector = introspector.ok_or_else(|| {
             CallError::new(Refusal::Denied, "only the VMM of an introspector may redeem a token")
         })?;
         let uuid = Some(introspector.identity.uuid);
-        Ok(User { peer: who, vm: Some(vm), uuid, gets_files: false })
+        Ok(User { peer: who, vm: Some(vm), uuid })
     }
 }

@@ -15,8 +15,8 @@ use super::target::{PageGrant, Target};
 pub(super) struct Cache {
     targets: HashMap<u64, Arc<Target>>,
     grants: Vec<Grant>,
-    /// Whether the files of some target have not arrived.
-    pub(super) is_incomplete: bool,
+    /// Targets whose files did not arrive, with the numbers of those introductions.
+    lost: HashMap<u64, u64>,
 }
 
 #[derive(Debug)]
@@ -32,7 +32,13 @@ struct Grant {
 impl Cache {
     /// Keeps a target; one that had its number before is forgotten.
     pub(super) fn insert_target(&mut self, target: Target) {
+        self.lost.remove(&target.id);
         self.targets.insert(target.id, Arc::new(target));
+    }
+
+    /// Records that the files of a target did not arrive with this introduction.
+    pub(super) fn lose_target(&mut self, id: u64, introduction: u64) {
+        self.lost.insert(id, introduction);
     }
 
     /// A target by its number.
@@ -40,9 +46,9 @@ impl Cache {
         self.targets.get(&id).cloned()
     }
 
-    /// Whether the files of a target have not arrived.
-    pub(super) fn has_lost(&self, id: u64) -> bool {
-        self.is_incomplete && !self.targets.contains_key(&id)
+    /// The introduction of a target whose files did not arrive, if they have not arrived since.
+    pub(super) fn lost(&self, id: u64) -> Option<u64> {
+        self.lost.get(&id).copied()
     }
 
     /// Keeps a token of grant `grant` for `lifetime`. The broker bounds how many are outstanding;
@@ -100,6 +106,7 @@ impl Cache {
     /// Forgets a target and its tokens.
     pub(super) fn forget(&mut self, target: u64) {
         self.targets.remove(&target);
+        self.lost.remove(&target);
         self.grants.retain(|grant| grant.target != target);
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use kvmmem_limit::RateLimit;
 use kvmmem_proto::client::{self, ClientError};
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Request, ViewCounters};
+use kvmmem_proto::message::{Answer, Call, Change, FromBroker, Request, Unusable, ViewCounters};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};
 use rustix::io::Errno;
 
@@ -131,7 +131,7 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), ClientError>
             socket.limit_receive(may_tell.then_some(TELL_AFTER))?;
             is_limited = may_tell;
         }
-        match socket.receive(buffer) {
+        match socket.receive_lossy(buffer) {
             Ok(Some((message, files))) => {
                 let mut state = shared.lock();
                 // Before the caller can see its answer: what it sends next comes after this.
@@ -143,30 +143,31 @@ fn read(shared: &Shared, connection: &mut Connection) -> Result<(), ClientError>
             }
             Ok(None) => return Ok(()),
             Err(PacketError::Receive(Errno::AGAIN)) if is_limited => {}
-            // Only a target comes with files. What is opened with it is undone.
-            Err(PacketError::NoDescriptors) => {
-                shared.lock().cache.is_incomplete = true;
-                if WARNINGS.allow(Instant::now()).is_some() {
-                    tracing::warn!(
-                        "no file descriptor is left for a target's RAM; raise the limit of open files"
-                    );
-                }
-            }
             Err(error) => return Err(error.into()),
         }
         shared.outbox.flush(socket, None);
     }
 }
 
-/// Takes one message in; returns what the broker is to be told for it.
+/// Takes one message in; returns what the broker is to be told for it. What is opened of a target
+/// whose files were lost is undone.
 fn take(
     state: &mut State,
     message: FromBroker,
-    files: Vec<OwnedFd>,
+    files: Option<Vec<OwnedFd>>,
 ) -> Result<Option<Call>, ClientError> {
     match message {
-        FromBroker::Target { id, identity, generation, regions } => {
+        FromBroker::Target { id, introduction, identity, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
+            let Some(files) = files else {
+                state.cache.lose_target(id, introduction);
+                if WARNINGS.allow(Instant::now()).is_some() {
+                    tracing::warn!(
+                        "no file descriptor is left for a target's RAM; raise the limit of open files"
+                    );
+                }
+                return Ok(None);
+            };
             let files = complete(&map, files.into())?;
             state.cache.insert_target(Target { id, identity, generation, map, files });
         }
@@ -183,8 +184,9 @@ fn take(
             }
         }
         FromBroker::Granted { token, grant, target, scope, expires_in_ms } => {
-            if state.cache.has_lost(target) {
-                return Ok(Some(Call::Unreceived { grant }));
+            if let Some(introduction) = state.cache.lost(target) {
+                let unusable = Unusable::Token(grant);
+                return Ok(Some(Call::Unreceived { target, introduction, unusable }));
             }
             // A token by which a view is being opened is used for that.
             if !state.views.is_under_way(&token) && !state.views.is_revoked(grant) {
@@ -224,12 +226,16 @@ fn complete(map: &MemoryMap, files: Arc<[OwnedFd]>) -> Result<Arc<[OwnedFd]>, Cl
 fn answered(state: &mut State, id: u64, mut answer: Result<Answer, RedeemError>) -> Option<Call> {
     state.views.end_request(id);
     let mut closed = None;
-    if let Ok(Answer::Attached { grant, target, .. } | Answer::Redeemed { grant, target, .. }) =
-        answer
-        && state.cache.has_lost(target)
+    let opened = match answer {
+        Ok(Answer::Attached { view, target, .. }) => Some((target, Unusable::View(view))),
+        Ok(Answer::Redeemed { grant, target, .. }) => Some((target, Unusable::Token(grant))),
+        _ => None,
+    };
+    if let Some((target, unusable)) = opened
+        && let Some(introduction) = state.cache.lost(target)
     {
         answer = Err(RedeemError::NoDescriptors);
-        closed = Some(Call::Unreceived { grant });
+        closed = Some(Call::Unreceived { target, introduction, unusable });
     }
     if let Ok(Answer::Attached { view, grant, target, .. }) = answer
         && (!state.waiting.contains_key(&id) || !state.views.open(view, grant, target))

@@ -37,6 +37,8 @@ pub enum FromBroker {
     Target {
         /// The number by which the broker names it on this connection.
         id: u64,
+        /// Number of this introduction, of which the connection may get several for one target.
+        introduction: u64,
         /// The target.
         #[serde(flatten)]
         identity: VmIdentity,

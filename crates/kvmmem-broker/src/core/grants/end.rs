@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::grant::{Holder, User, View};
+use super::grant::{Holder, View};
 use super::table::Grants;
 
 /// What a revocation affects.
@@ -48,7 +48,6 @@ impl Grants {
             return Vec::new();
         };
         grant.users.remove(&by);
-        grant.returnable.remove(&by);
         if grant.terms.holder == Holder::Pushed(by) {
             grant.terms.holder = Holder::Anybody;
         }
@@ -56,26 +55,6 @@ impl Grants {
         let ended = self.close_all(now, id, by);
         self.settle(now, id);
         ended
-    }
-
-    /// Undoes what a connection has by a grant whose target's files have not arrived there. A token
-    /// that was pushed to it is to be asked for. Returns the target and the views that this closes;
-    /// `None` where the connection has nothing by that grant.
-    pub(crate) fn unreceived(
-        &mut self,
-        now: Instant,
-        id: u64,
-        by: User,
-    ) -> Option<(u64, Vec<View>)> {
-        if !self.peers_of(id).contains(&by.peer) {
-            return None;
-        }
-        self.return_use(now, id, by.peer);
-        if let Some(uuid) = by.uuid {
-            self.not_pushed(id, uuid);
-        }
-        let grant = self.grants.get(&id)?;
-        Some((grant.terms.target, self.close_all(now, id, by.peer)))
     }
 
     /// Closes the views that a connection has by a grant.
@@ -102,8 +81,7 @@ impl Grants {
             let Some(grant) = self.grants.get_mut(&id) else { continue };
             if grant.terms.holder == Holder::Pushed(peer) && grant.views.is_empty() {
                 ended.extend(self.remove(id));
-            } else if grant.users.remove(&peer) {
-                grant.returnable.remove(&peer);
+            } else if grant.users.remove(&peer).is_some() {
                 self.of_peer.remove(&(peer, id));
                 self.settle(now, id);
             }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One grant, and one view.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kvmmem_kvmi::token::Token;
@@ -41,8 +41,6 @@ pub(crate) struct User {
     pub vm: Option<u64>,
     /// UUID of that VM.
     pub uuid: Option<Uuid>,
-    /// Whether the target's files are sent with what the token opens.
-    pub gets_files: bool,
 }
 
 /// What a grant is made of.
@@ -87,11 +85,8 @@ pub(super) struct Grant {
     pub(super) expires: Instant,
     pub(super) revoked: bool,
     pub(super) views: BTreeSet<u64>,
-    /// Connections that have used the token for pages.
-    pub(super) users: BTreeSet<u64>,
-    /// Connections that were sent the target's files with a use, which they may return: the files
-    /// may not arrive. The token is kept as long.
-    pub(super) returnable: BTreeSet<u64>,
+    /// Connections that have used the token for pages, and how often.
+    pub(super) users: BTreeMap<u64, u32>,
     /// When it leaves the table, once it is of no use.
     pub(super) leaves: Option<Instant>,
     /// Whether it has its share of a limit.
@@ -106,8 +101,7 @@ impl Grant {
             expires: now + terms.lifetime,
             revoked: false,
             views: BTreeSet::new(),
-            users: BTreeSet::new(),
-            returnable: BTreeSet::new(),
+            users: BTreeMap::new(),
             leaves: None,
             is_counted: true,
             terms,
@@ -129,24 +123,34 @@ impl Grant {
     /// Whether something is open under it. Pages mapped with KVMI tokens are not counted: a tool has
     /// tens of thousands of them.
     pub(super) fn is_in_use(&self) -> bool {
-        !self.views.is_empty() || (self.terms.origin == Origin::Operator && !self.users.is_empty())
+        !self.views.is_empty() || self.may_be_returned()
+    }
+
+    /// Whether a use may come back, for want of the target's files. KVMI's tokens live for seconds,
+    /// and a tool asks for another one.
+    pub(super) fn may_be_returned(&self) -> bool {
+        self.terms.origin == Origin::Operator && !(self.views.is_empty() && self.users.is_empty())
     }
 
     /// Connections that hold its token, or have used it for pages.
     pub(super) fn peers(&self) -> BTreeSet<u64> {
-        let mut peers = self.users.clone();
+        let mut peers: BTreeSet<u64> = self.users.keys().copied().collect();
         if let Holder::Pushed(peer) = self.terms.holder {
             peers.insert(peer);
         }
         peers
     }
 
-    /// Takes a use. KVMI's tokens live for seconds, and a tool asks for another one.
-    pub(super) fn take_use(&mut self, id: u64, by: User) -> Access {
+    /// Takes a use for a page.
+    pub(super) fn take_use_for_page(&mut self, id: u64, by: u64) -> Access {
+        let uses = self.users.entry(by).or_default();
+        *uses = uses.saturating_add(1);
+        self.take_use(id)
+    }
+
+    /// Takes a use.
+    pub(super) fn take_use(&mut self, id: u64) -> Access {
         self.uses_left = self.uses_left.saturating_sub(1);
-        if by.gets_files && self.terms.origin == Origin::Operator {
-            self.returnable.insert(by.peer);
-        }
         Access { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
     }
 }

@@ -27,10 +27,11 @@ const PEERS: u64 = 4;
 #[derive(Clone, Debug)]
 enum Step {
     Mint { token: u64, target: u64, holder: Holder, uses: u32, ttl_ms: u64, origin: Origin },
-    Redeem { token: u64, by: u64, gets_files: bool },
+    Redeem { token: u64, by: u64 },
     Used { token: u64, by: u64 },
-    Attach { token: u64, by: u64, read_only: bool, gets_files: bool },
-    Unreceived { grant: u64, by: u64 },
+    Attach { token: u64, by: u64, read_only: bool },
+    UndoRedeem { grant: u64, by: u64 },
+    UndoAttach { view: u64, by: u64 },
     Detach { view: u64, by: u64 },
     Count { view: u64, by: u64, seeks: u64 },
     NotPushed { grant: u64, holder: u64 },
@@ -56,12 +57,12 @@ fn any_step() -> impl Strategy<Value = Step> {
             let origin = if is_kvmi || is_pushed { Origin::Kvmi } else { Origin::Operator };
             Step::Mint { token, target, holder, uses, ttl_ms, origin }
         }),
-        3 => (token.clone(), peer.clone(), any::<bool>())
-            .prop_map(|(token, by, gets_files)| Step::Redeem { token, by, gets_files }),
+        3 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Redeem { token, by }),
         2 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Used { token, by }),
-        4 => (token, peer.clone(), any::<bool>(), any::<bool>())
-            .prop_map(|(token, by, read_only, gets_files)| Step::Attach { token, by, read_only, gets_files }),
-        6 => (1u64..6, peer.clone()).prop_map(|(grant, by)| Step::Unreceived { grant, by }),
+        4 => (token, peer.clone(), any::<bool>())
+            .prop_map(|(token, by, read_only)| Step::Attach { token, by, read_only }),
+        6 => (1u64..6, peer.clone()).prop_map(|(grant, by)| Step::UndoRedeem { grant, by }),
+        3 => (id.clone(), peer.clone()).prop_map(|(view, by)| Step::UndoAttach { view, by }),
         2 => (id.clone(), peer.clone()).prop_map(|(view, by)| Step::Detach { view, by }),
         1 => (id.clone(), peer.clone(), any::<u64>()).prop_map(|(view, by, seeks)| Step::Count { view, by, seeks }),
         1 => (id.clone(), peer.clone()).prop_map(|(grant, holder)| Step::NotPushed { grant, holder }),
@@ -79,7 +80,7 @@ fn uuid(peer: u64) -> Uuid {
 
 /// The connections are those of VMs that have the same number.
 fn user(peer: u64) -> User {
-    User { peer, vm: Some(peer), uuid: Some(uuid(peer)), gets_files: false }
+    User { peer, vm: Some(peer), uuid: Some(uuid(peer)) }
 }
 
 fn caller() -> Caller {
@@ -100,21 +101,13 @@ struct Known {
     expires_ms: u64,
     revoked: bool,
     removed: bool,
-    users: BTreeSet<u64>,
+    /// Each as often as it has used the token for a page.
+    users: Vec<u64>,
     views: BTreeMap<u64, u64>,
     is_operator: bool,
-    /// Those that may return a use.
-    returnable: BTreeSet<u64>,
 }
 
 impl Known {
-    fn take_use(&mut self, by: User) {
-        self.uses -= 1;
-        if by.gets_files && self.is_operator {
-            self.returnable.insert(by.peer);
-        }
-    }
-
     /// The connections that have something by it.
     fn peers(&self) -> BTreeSet<u64> {
         let mut peers: BTreeSet<u64> =
@@ -129,9 +122,6 @@ impl Known {
         let closed: BTreeSet<u64> =
             self.views.iter().filter(|(_, peer)| **peer == by).map(|(view, _)| *view).collect();
         self.views.retain(|_, peer| *peer != by);
-        if !closed.is_empty() {
-            self.returnable.remove(&by);
-        }
         closed
     }
 
@@ -219,24 +209,22 @@ proptest! {
                         expires_ms: clock_ms + ttl_ms,
                         revoked: false,
                         removed: false,
-                        users: BTreeSet::new(),
+                        users: Vec::new(),
                         views: BTreeMap::new(),
                         is_operator: origin == Origin::Operator,
-                        returnable: BTreeSet::new(),
                     });
                     prop_assert_eq!(id, model.grants.len() as u64);
                 }
-                Step::Redeem { token: name, by, gets_files } => {
-                    let user = User { gets_files, ..user(by) };
+                Step::Redeem { token: name, by } => {
                     let expected = model.usable(name, by).map(|(id, grant)| {
                         if grant.holder == Holder::Pushed(by) {
                             return None;
                         }
-                        grant.take_use(user);
-                        grant.users.insert(by);
+                        grant.uses -= 1;
+                        grant.users.push(by);
                         Some(id)
                     });
-                    let redeemed = grants.redeem(now, &token(name), user);
+                    let redeemed = grants.redeem(now, &token(name), user(by));
                     let redeemed = redeemed.map(|opened| opened.map(|opened| opened.grant));
                     prop_assert_eq!(redeemed, expected);
                 }
@@ -249,7 +237,7 @@ proptest! {
                     });
                     let expected = expected.map(|(id, grant)| {
                         grant.uses -= 1;
-                        grant.users.insert(by);
+                        grant.users.push(by);
                         id
                     });
                     let used = grants.used(now, &token(name), by).map(|opened| opened.grant);
@@ -258,44 +246,45 @@ proptest! {
                         prop_assert_eq!(used, expected);
                     }
                 }
-                Step::Attach { token: name, by, read_only, gets_files } => {
-                    let user = User { gets_files, ..user(by) };
+                Step::Attach { token: name, by, read_only } => {
                     let expected = model.usable(name, by).map(|(id, grant)| {
-                        grant.take_use(user);
+                        grant.uses -= 1;
                         last_view += 1;
                         grant.views.insert(last_view, by);
                         (last_view, id)
                     });
-                    let attached = grants.attach(now, &token(name), user, ("by", caller()), read_only);
+                    let attached = grants.attach(now, &token(name), user(by), ("by", caller()), read_only);
                     if let Ok((_, opened)) = &attached {
                         prop_assert_eq!(opened.scope.rights == Rights::ReadOnly, read_only);
                     }
                     prop_assert_eq!(attached.map(|(view, opened)| (view, opened.grant)), expected);
                 }
-                Step::Unreceived { grant: id, by } => {
-                    let undone = grants.unreceived(now, id, user(by));
-                    let undone = undone.map(|(target, views)| (target, ids(&views)));
-                    let grant = model.grant(id).filter(|grant| grant.peers().contains(&by));
-                    let expected = grant.map(|grant| {
-                        if grant.returnable.remove(&by) {
-                            grant.uses += 1;
-                            grant.users.remove(&by);
-                        }
-                        if matches!(grant.holder, Holder::Pushed(_)) {
+                Step::UndoRedeem { grant: id, by } => {
+                    grants.undo_redeem(now, id, user(by));
+                    if let Some(grant) = model.grant(id) {
+                        if let Some(index) = grant.users.iter().position(|user| *user == by) {
+                            grant.users.remove(index);
+                            grant.uses += u32::from(grant.is_operator);
+                        } else if grant.holder == Holder::Pushed(by) {
                             grant.holder = Holder::Vm(uuid(by));
                         }
-                        (grant.target, grant.close_all(by))
-                    });
-                    prop_assert_eq!(undone, expected);
+                    }
+                }
+                Step::UndoAttach { view, by } => {
+                    let is_theirs = model.views().get(&view) == Some(&by);
+                    prop_assert_eq!(grants.undo_attach(now, view, by).is_some(), is_theirs);
+                    for grant in &mut model.grants {
+                        if is_theirs && grant.views.remove(&view).is_some() {
+                            grant.uses += u32::from(grant.is_operator);
+                        }
+                    }
                 }
                 Step::Detach { view, by } => {
                     let is_theirs = model.views().get(&view) == Some(&by);
                     prop_assert_eq!(grants.detach(now, view, by).is_some(), is_theirs);
                     if is_theirs {
                         for grant in &mut model.grants {
-                            if grant.views.remove(&view).is_some() {
-                                grant.returnable.remove(&by);
-                            }
+                            grant.views.remove(&view);
                         }
                     }
                 }
@@ -324,8 +313,7 @@ proptest! {
                     let ended = grants.confirm(now, id, by);
                     let mut expected = BTreeSet::new();
                     if let Some(grant) = model.grant(id).filter(|grant| grant.revoked) {
-                        grant.users.remove(&by);
-                        grant.returnable.remove(&by);
+                        grant.users.retain(|user| *user != by);
                         if grant.holder == Holder::Pushed(by) {
                             grant.holder = Holder::Anybody;
                         }
@@ -347,8 +335,7 @@ proptest! {
                     let mut expected = BTreeSet::new();
                     for grant in &mut model.grants {
                         expected.extend(grant.close_all(peer));
-                        grant.returnable.remove(&peer);
-                        grant.users.remove(&peer);
+                        grant.users.retain(|user| *user != peer);
                         if grant.holder == Holder::Pushed(peer) && grant.views.is_empty() {
                             grant.removed = true;
                         }
@@ -397,7 +384,7 @@ fn check(grants: &Grants, now: Instant) -> Result<(), TestCaseError> {
     for (id, grant) in &grants.grants {
         let found = grant.token.as_deref().map(|token| grants.find(token));
         prop_assert!(found.is_none_or(|found| found == Some(*id)));
-        let may_be_used = grant.uses_left > 0 || !grant.returnable.is_empty();
+        let may_be_used = grant.uses_left > 0 || grant.may_be_returned();
         prop_assert_eq!(grant.token.is_some(), may_be_used && !grant.revoked);
         prop_assert!(grant.uses_left <= grant.terms.uses);
     }
@@ -473,9 +460,7 @@ fn what_is_over_leaves_the_list_by_and_by() {
     let (mut grants, now) = (Grants::default(), Instant::now());
     for n in 0..2000 {
         grants.mint(now, token(n), terms(n, Origin::Kvmi, 1)).unwrap();
-        grants
-            .redeem(now, &token(n), User { peer: 1, vm: None, uuid: None, gets_files: false })
-            .unwrap();
+        grants.redeem(now, &token(n), User { peer: 1, vm: None, uuid: None }).unwrap();
     }
     grants.advance(now);
     assert_eq!(grants.len(), (MAX_LEAVING, 0));
@@ -553,26 +538,47 @@ fn a_use_is_returned_where_the_files_do_not_arrive() {
     for (n, origin) in [(1, Origin::Operator), (2, Origin::Kvmi)] {
         grants.mint(now, token(n), terms(9, origin, 1)).unwrap();
     }
-    let by = User { gets_files: true, ..user(1) };
-    let attach = |grants: &mut Grants, n| grants.attach(now, &token(n), by, ("by", caller()), true);
-    attach(&mut grants, 1).unwrap();
+    let by = user(1);
+    let attach = |grants: &mut Grants, n| {
+        let attached = grants.attach(now, &token(n), by, ("by", caller()), true);
+        attached.map(|(view, _)| view)
+    };
+    let view = attach(&mut grants, 1).unwrap();
     assert_eq!(attach(&mut grants, 1), Err(UseError::Unknown));
-    assert!(grants.unreceived(now, 1, user(2)).is_none());
-    let (target, views) = grants.unreceived(now, 1, user(1)).unwrap();
-    assert_eq!((target, views.len(), grants.views.len()), (9, 1, 0));
-    assert!(grants.unreceived(now, 1, user(1)).is_none());
+    assert!(grants.undo_attach(now, view, 2).is_none());
+    assert!(grants.undo_attach(now, view, 1).is_some());
+    assert!(grants.undo_attach(now, view, 1).is_none());
     // The same by a page.
     grants.redeem(now, &token(1), by).unwrap();
-    assert_eq!(grants.unreceived(now, 1, user(1)), Some((9, vec![])));
+    grants.undo_redeem(now, 1, user(2));
+    assert_eq!(attach(&mut grants, 1), Err(UseError::Unknown));
+    grants.undo_redeem(now, 1, by);
+    grants.undo_redeem(now, 1, by);
+    assert!(grants.peers_of(1).is_empty());
     // A view that is closed has been used.
-    let (view, _) = attach(&mut grants, 1).unwrap();
+    let view = attach(&mut grants, 1).unwrap();
     assert!(grants.grants[&1].token.is_some());
     grants.detach(now, view, 1).unwrap();
     assert!(grants.grants[&1].token.is_none());
     assert_eq!(attach(&mut grants, 1), Err(UseError::Unknown));
     // A token of KVMI's lives for seconds.
-    attach(&mut grants, 2).unwrap();
-    assert_eq!(grants.unreceived(now, 2, user(1)).unwrap().1.len(), 1);
+    let view = attach(&mut grants, 2).unwrap();
+    assert!(grants.undo_attach(now, view, 1).is_some());
     assert_eq!(attach(&mut grants, 2), Err(UseError::Unknown));
+    check(&grants, now).unwrap();
+}
+
+/// A page that was mapped by another use of the same token stays known.
+#[test]
+fn each_use_that_is_lost_comes_back_once() {
+    let (mut grants, now) = (Grants::default(), Instant::now());
+    grants.mint(now, token(1), terms(9, Origin::Operator, 3)).unwrap();
+    for _ in 0..3 {
+        grants.redeem(now, &token(1), user(1)).unwrap();
+    }
+    for left in 1..3 {
+        grants.undo_redeem(now, 1, user(1));
+        assert_eq!((grants.uses_left(1), grants.mapped(1, 1)), (left, Some(9)));
+    }
     check(&grants, now).unwrap();
 }

@@ -21,7 +21,6 @@ impl Grants {
         }
         if let Some(grant) = self.grants.get_mut(&view.grant) {
             grant.views.remove(&view.id);
-            grant.returnable.remove(&view.peer);
             self.settle(now, view.grant);
         }
         Some(view)
@@ -78,7 +77,7 @@ impl Grants {
         // use.
         let is_useless = match state {
             GrantState::Active | GrantState::Expired => false,
-            GrantState::Spent => grant.returnable.is_empty(),
+            GrantState::Spent => !grant.may_be_returned(),
             GrantState::Revoked => true,
         };
         if is_useless && let Some(token) = grant.token.take() {

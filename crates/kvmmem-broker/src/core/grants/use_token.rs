@@ -4,12 +4,12 @@
 use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
-use kvmmem_proto::message::GrantState;
+use kvmmem_proto::message::{GrantState, Origin};
 use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
 use super::error::UseError;
-use super::grant::{Access, Grant, Holder, User};
+use super::grant::{Access, Grant, Holder, User, View};
 use super::table::Grants;
 
 impl Grants {
@@ -45,8 +45,7 @@ impl Grants {
         if grant.terms.holder == Holder::Pushed(by.peer) {
             return Ok(None);
         }
-        let opened = grant.take_use(id, by);
-        grant.users.insert(by.peer);
+        let opened = grant.take_use_for_page(id, by.peer);
         self.of_peer.insert((by.peer, id));
         self.settle(now, id);
         Ok(Some(opened))
@@ -63,27 +62,53 @@ impl Grants {
         if !may_be {
             return None;
         }
-        let opened = grant.take_use(id, User { peer: by, vm: None, uuid: None, gets_files: false });
-        grant.users.insert(by);
+        let opened = grant.take_use_for_page(id, by);
         self.of_peer.insert((by, id));
         self.settle(now, id);
         Some(opened)
     }
 
-    /// Returns the use that a connection has taken of a token, with which the target's files were
-    /// sent: they have not arrived. Nothing where there is no such use; the caller closes its view.
-    pub(crate) fn return_use(&mut self, now: Instant, id: u64, by: u64) {
-        let Some(grant) = self.grants.get_mut(&id) else { return };
-        if grant.returnable.remove(&by) {
+    /// Undoes a use of a token that a connection has taken for a page, or the push of the token to
+    /// it: the target's files did not arrive. It is to ask for a token that was pushed. Returns
+    /// whether it had either.
+    pub(crate) fn undo_redeem(&mut self, now: Instant, id: u64, by: User) -> bool {
+        let Some(grant) = self.grants.get_mut(&id) else { return false };
+        if let Some(uses) = grant.users.get_mut(&by.peer) {
+            *uses -= 1;
+            grant.users.retain(|_, uses| *uses > 0);
+            if !grant.peers().contains(&by.peer) {
+                self.of_peer.remove(&(by.peer, id));
+            }
+            self.return_use(now, id);
+            true
+        } else if let Some(uuid) = by.uuid
+            && grant.terms.holder == Holder::Pushed(by.peer)
+        {
+            self.not_pushed(id, uuid);
+            true
+        } else {
+            false
+        }
+    }
+
+    /// Takes out a view that its connection cannot use, if it is this connection's; an operator's
+    /// token gets the use back.
+    pub(crate) fn undo_attach(&mut self, now: Instant, view: u64, by: u64) -> Option<View> {
+        let grant = self.views.get(&view).filter(|view| view.peer == by)?.grant;
+        self.return_use(now, grant);
+        self.close(now, view)
+    }
+
+    fn return_use(&mut self, now: Instant, id: u64) {
+        if let Some(grant) = self.grants.get_mut(&id)
+            && grant.terms.origin == Origin::Operator
+        {
             grant.uses_left = grant.uses_left.saturating_add(1);
             if grant.state(now) == GrantState::Active {
                 self.expiring.insert((grant.expires, id));
             }
-            if grant.users.remove(&by) {
-                self.of_peer.remove(&(by, id));
-            }
-            self.settle(now, id);
         }
+        self.settle(now, id);
     }
 
     /// Records that a token could not be pushed to its holder: the introspector with this UUID has
@@ -93,7 +118,7 @@ impl Grants {
             && let Holder::Pushed(peer) = grant.terms.holder
         {
             grant.terms.holder = Holder::Vm(holder);
-            if !grant.users.contains(&peer) {
+            if !grant.users.contains_key(&peer) {
                 self.of_peer.remove(&(peer, id));
             }
         }

@@ -17,7 +17,7 @@ impl Grants {
     /// A grant's target, if a connection has mapped a page by the grant.
     pub(crate) fn mapped(&self, id: u64, by: u64) -> Option<u64> {
         let grant = self.grants.get(&id)?;
-        grant.users.contains(&by).then_some(grant.terms.target)
+        grant.users.contains_key(&by).then_some(grant.terms.target)
     }
 
     /// Uses a token to open a view; returns the view's number as well.
@@ -38,7 +38,7 @@ impl Grants {
         if views >= MAX_VIEWS_PER_PEER {
             return Err(UseError::TooManyViews);
         }
-        let mut opened = grant.take_use(id, by);
+        let mut opened = grant.take_use(id);
         if read_only {
             opened.scope = opened.scope.at_most(Rights::ReadOnly);
         }

@@ -7,7 +7,7 @@ use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{
     Answer, Call, Caller, Change, Cursor, IntrospectorRequest, NewGrant, OnSilence, Refusal,
-    VcpuAnswer, ViewCounters, VmIdentity, Which,
+    Unusable, VcpuAnswer, ViewCounters, VmIdentity, Which,
 };
 
 use super::Role;
@@ -65,7 +65,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Pause { target: none() }, "ao--"),
         (Call::Resume { target: none() }, "ao--"),
         (Call::VcpuAnswer { id: 1, answer: VcpuAnswer::Resumed }, "---v"),
-        (Call::Unreceived { grant: 0 }, "---v"),
+        (Call::Unreceived { target: 0, introduction: 0, unusable: Unusable::View(0) }, "---v"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
 }
