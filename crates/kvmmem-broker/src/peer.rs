@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::message::{FromBroker, VcpuQuestion, VmIdentity};
+use kvmmem_proto::message::{FromBroker, VcpuQuestion};
 use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 use kvmmem_qemu::questions::{Ask, AskError, Reply};
 use kvmmem_sys::socket::unread;
@@ -299,7 +299,8 @@ fn message(push: &Push) -> FromBroker {
         Push::Target { target, introduction, identity, layout } => FromBroker::Target {
             id: *target,
             introduction: *introduction,
-            identity: VmIdentity::clone(identity),
+            name: identity.name.clone(),
+            uuid: identity.uuid,
             generation: layout.generation,
             regions: layout.regions(),
         },

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::Admin;
-use kvmmem_client::vmm::{RedeemError, Token, VmIdentity, VmmLink};
+use kvmmem_client::vmm::{RedeemError, Rights, Token, VmIdentity, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::Refusal;
+use kvmmem_proto::message::{Call, Refusal};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{TestBroker, Tool, introspector, ram, target, uuid, wait_for};
+use common::{PATIENCE, TestBroker, Tool, introspector, ram, request, target, uuid, wait_for};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::request::Request;
 use rustix::io::{pread, pwrite};
@@ -144,6 +145,36 @@ fn hooks_are_undone_and_doubled_ones_refused() {
     assert_eq!(refused(admin.hook("blind", &tool.endpoint)), Refusal::Denied);
 }
 
+/// As it is on the wire: a VMM whose guest has broken into it learns no more of its targets.
+#[test]
+fn a_vmm_is_told_the_name_and_the_uuid_of_a_target_alone() {
+    let broker = TestBroker::start();
+    let _tiger = broker.target("tiger");
+    let granted = broker.grant(&request(Rights::ReadOnly));
+    let lion = PacketSocket::connect(&broker.path, PATIENCE).unwrap();
+    let mut buffer = PacketBuffer::default();
+    let register = Call::Register(introspector("lion", 7));
+    for (id, call) in [(1, register), (2, Call::Redeem { token: granted.token })] {
+        lion.send(&kvmmem_proto::message::Request { id, call }, &[], Wait::Limited).unwrap();
+    }
+    let pushed = std::iter::from_fn(|| {
+        let received = lion.receive::<serde_json::Value>(&mut buffer).unwrap();
+        received.map(|(message, _)| message["target"].clone())
+    });
+    let pushed = pushed.into_iter().find(|target| !target.is_null()).unwrap();
+    assert_eq!(
+        (&pushed["name"], &pushed["uuid"]),
+        (&"tiger".into(), &uuid("tiger").to_string().into())
+    );
+    let serde_json::Value::Object(identity) =
+        serde_json::to_value(target("tiger").identity).unwrap()
+    else {
+        panic!("no object")
+    };
+    let told = identity.keys().filter(|key| pushed.get(key).is_some());
+    assert_eq!(told.collect::<Vec<_>>(), ["name", "uuid"]);
+}
+
 #[test]
 fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     let broker = TestBroker::start();
@@ -158,7 +189,7 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     let token = session.token().unwrap();
     assert_eq!(tiger.redeem(&token).unwrap_err(), RedeemError::Denied);
     let found = lion.redeem(&token).unwrap().target;
-    assert_eq!(found.identity().name, "tiger");
+    assert_eq!(found.name(), "tiger");
     assert_eq!((found.resolve(0x3fff), found.resolve(0x4000)), (Some((0, 0x3fff)), None));
     let mut bytes = [0; 7];
     let (file, offset) = found.resolve(0x10_1000).unwrap();
@@ -205,7 +236,7 @@ fn a_token_for_a_vsock_tool_is_pushed_to_its_vm_and_good_there_only() {
     for _ in 0..200 {
         let token = mint();
         assert_eq!(puma.redeem(&token).unwrap_err(), RedeemError::Unknown);
-        assert_eq!(lion.redeem(&token).unwrap().target.identity().name, "tiger");
+        assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
         assert_eq!(lion.redeem(&token).unwrap_err(), RedeemError::Unknown);
     }
 
@@ -299,5 +330,5 @@ fn vms_register_again_with_a_new_broker() {
     wait_for("the links to be back", || tiger.is_connected() && lion.is_connected());
     let vm = broker.state.number("tiger").unwrap();
     let token = broker.mint(vm, 7).unwrap();
-    assert_eq!(lion.redeem(&token).unwrap().target.identity().name, "tiger");
+    assert_eq!(lion.redeem(&token).unwrap().target.name(), "tiger");
 }

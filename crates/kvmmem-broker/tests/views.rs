@@ -28,7 +28,7 @@ fn an_operator_s_grant_opens_as_many_views_as_it_says() {
 
     let first = views.open(&lion, &granted.token).unwrap();
     assert_eq!(
-        (first.grant, &*first.target.identity().name, first.scope.rights),
+        (first.grant, first.target.name(), first.scope.rights),
         (granted.grant, "tiger", Rights::ReadWrite)
     );
     let reached = first.scope.regions(first.target.map());

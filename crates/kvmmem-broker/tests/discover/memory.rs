@@ -50,7 +50,7 @@ fn tools_use_an_added_target_as_any_other() {
     assert_eq!(read(&mut session, 0x10_0000, 7).unwrap(), b"stripes");
     let (introspector, _views) = broker.viewer("watcher", 4, Duration::ZERO);
     let token = session.token().unwrap();
-    assert_eq!(introspector.redeem(&token).unwrap().target.identity().name, "fake");
+    assert_eq!(introspector.redeem(&token).unwrap().target.name(), "fake");
     let unused = session.token().unwrap();
     fake.end();
     assert!(session.is_closed());

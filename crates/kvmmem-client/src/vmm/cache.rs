@@ -119,7 +119,6 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use kvmmem_proto::map::{MemoryMap, Region};
-    use kvmmem_proto::message::VmIdentity;
     use kvmmem_proto::scope::Rights;
 
     use super::*;
@@ -128,8 +127,8 @@ mod tests {
     fn target(id: u64) -> Target {
         let map = MemoryMap::new(vec![Region { gpa: 0, len: 4096, offset: 0, file: 0 }]).unwrap();
         let file = std::fs::File::open("/dev/null").unwrap().into();
-        let identity = VmIdentity::target("t", Uuid::nil());
-        Target { id, identity, generation: 1, map, files: Arc::new([file]) }
+        let (name, uuid) = ("t".into(), Uuid::nil());
+        Target { id, name, uuid, generation: 1, map, files: Arc::new([file]) }
     }
 
     fn whole(grant: u64, target: u64) -> (u64, u64, Scope) {

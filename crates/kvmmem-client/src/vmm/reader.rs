@@ -157,7 +157,7 @@ fn take(
     files: Option<Vec<OwnedFd>>,
 ) -> Result<Option<Call>, ClientError> {
     match message {
-        FromBroker::Target { id, introduction, identity, generation, regions } => {
+        FromBroker::Target { id, introduction, name, uuid, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
             let Some(files) = files else {
                 state.cache.lose_target(id, introduction);
@@ -169,7 +169,7 @@ fn take(
                 return Ok(None);
             };
             let files = complete(&map, files.into())?;
-            state.cache.insert_target(Target { id, identity, generation, map, files });
+            state.cache.insert_target(Target { id, name, uuid, generation, map, files });
         }
         FromBroker::Changed { target, generation, regions } => {
             let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
@@ -177,8 +177,8 @@ fn take(
                 state.cache.target(target).filter(|known| known.generation < generation)
             {
                 let files = complete(&map, Arc::clone(&known.files))?;
-                let identity = known.identity.clone();
-                let changed = Target { id: target, identity, generation, map, files };
+                let (name, uuid) = (known.name.clone(), known.uuid);
+                let changed = Target { id: target, name, uuid, generation, map, files };
                 state.cache.insert_target(changed);
                 state.events.changed(target);
             }

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kvmmem_proto::map::MemoryMap;
-use kvmmem_proto::message::VmIdentity;
 use kvmmem_proto::scope::Scope;
+use uuid::Uuid;
 
 /// What a token opened for one page.
 #[derive(Clone, Debug)]
@@ -36,7 +36,8 @@ pub struct ViewGrant {
 #[derive(Debug)]
 pub struct Target {
     pub(super) id: u64,
-    pub(super) identity: VmIdentity,
+    pub(super) name: String,
+    pub(super) uuid: Uuid,
     pub(super) generation: u64,
     pub(super) map: MemoryMap,
     /// Shared by all generations; as many as the memory map names, or more.
@@ -49,9 +50,14 @@ impl Target {
         self.id
     }
 
-    /// The VM.
-    pub fn identity(&self) -> &VmIdentity {
-        &self.identity
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its UUID.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
     }
 
     /// A memfd of its RAM, by the number that [`super::Region::file`] has for it. It is sealed

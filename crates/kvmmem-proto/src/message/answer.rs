@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::grant::{Cursor, GrantInfo, KvmiPolicy, NewGrant, RevokeReport};
 use super::registers::{VcpuQuestion, VcpuRegisters};
 use super::token_text;
-use super::vm::{NewIntrospector, NewTarget, TargetInfo, VmIdentity};
+use super::vm::{NewIntrospector, NewTarget, TargetInfo};
 use crate::map::Region;
 use crate::scope::Scope;
 
@@ -39,9 +39,10 @@ pub enum FromBroker {
         id: u64,
         /// Number of this introduction, of which the connection may get several for one target.
         introduction: u64,
-        /// The target.
-        #[serde(flatten)]
-        identity: VmIdentity,
+        /// Its name.
+        name: String,
+        /// Its UUID.
+        uuid: Uuid,
         /// Grows with each change of its RAM.
         generation: u64,
         /// Where its RAM is.

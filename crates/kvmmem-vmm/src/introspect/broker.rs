@@ -114,7 +114,7 @@ impl TargetMemory for Target {
     }
 
     fn uuid(&self) -> [u8; 16] {
-        self.identity().uuid.into_bytes()
+        Target::uuid(self).into_bytes()
     }
 
     fn generation(&self) -> u64 {
