@@ -75,11 +75,13 @@ pub enum Status {
     ReadOnly,
     /// The VMM has no memory there.
     NoMemory,
+    /// The view is being changed: the same request may succeed soon.
+    Busy,
 }
 
 /// All of them, by their numbers.
-const STATUSES: [Status; 5] =
-    [Status::Done, Status::Ended, Status::Hole, Status::ReadOnly, Status::NoMemory];
+const STATUSES: [Status; 6] =
+    [Status::Done, Status::Ended, Status::Hole, Status::ReadOnly, Status::NoMemory, Status::Busy];
 
 /// How far a request was carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,7 +230,7 @@ mod tests {
         }
 
         #[test]
-        fn answers_are_read_as_they_were_written(id: u32, status in 0u8..5, pieces: u32, bytes: u32) {
+        fn answers_are_read_as_they_were_written(id: u32, status in 0u8..6, pieces: u32, bytes: u32) {
             let packet = [id, status.into(), pieces, bytes].map(u32::to_le_bytes).concat();
             let answer = CopyAnswer::decode(&packet).unwrap();
             prop_assert_eq!((answer.id, answer.pieces, answer.bytes), (id, pieces, bytes));

@@ -46,6 +46,9 @@ pub enum CopyError {
     /// The VMM has no memory there.
     #[error("the VMM has no memory there")]
     NoMemory,
+    /// The view is being changed; the same copy may succeed soon.
+    #[error("the view is being changed; try again")]
+    Busy,
     /// The broker did not answer in time.
     #[error("the broker did not answer in time")]
     NoAnswer,
@@ -311,6 +314,7 @@ impl Copier {
             Status::Hole => CopyError::Hole,
             Status::ReadOnly => CopyError::ReadOnly,
             Status::NoMemory => CopyError::NoMemory,
+            Status::Busy => CopyError::Busy,
         }
     }
 }

@@ -14,7 +14,7 @@ use kvmmem_memory::range::{Range, first_hole};
 use kvmmem_proto::map::Region;
 use kvmmem_sys::foreign::Foreign;
 use kvmmem_sys::huge_write::write_at;
-use rustix::io::pread;
+use rustix::io::{Errno, pread};
 
 use super::clear::clear;
 use super::error::{ViewError, ViewOperation};
@@ -257,6 +257,7 @@ fn copy_failed(operation: ViewOperation, gpa: u64, error: CopyError) -> ViewErro
         CopyError::Gone => ViewError::Gone { operation },
         CopyError::Hole => ViewError::Hole { operation, gpa },
         CopyError::ReadOnly => ViewError::ReadOnly { operation },
+        CopyError::Busy => ViewError::System { operation, source: Errno::AGAIN },
         source => ViewError::Copy { operation, gpa, source: Box::new(source) },
     }
 }
