@@ -9,6 +9,8 @@
 //! is decided by the host's broker.
 
 mod channel;
+mod connection;
+mod place;
 #[cfg(test)]
 mod tests;
 mod tool;
@@ -17,9 +19,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -35,13 +36,15 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use serde::Serialize;
 
+use self::connection::Connection;
+use self::place::Place;
 use self::tool::Attach;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
 
-/// The most tools at a time, and those of one user.
-const MAX_TOOLS: usize = 64;
-const MAX_OF_USER: usize = 32;
+/// How long the tools' threads may take to end, and how often it is looked.
+const END_LIMIT: Duration = Duration::from_secs(5);
+const END_LOOK: Duration = Duration::from_millis(2);
 
 /// How long a packet to a tool that does not read is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
@@ -90,10 +93,12 @@ impl Arguments {
             false => output.line(format!("listening at {}", path.display()))?,
         }
         let attach: Arc<Attach> = Arc::new(View::attach_without_module_for);
-        let mut tools = Tools { admits_all: group.is_some(), attach, running: Vec::new() };
+        let mut tools = Tools::new(group.is_some(), attach);
         let served = accept(&listener, &interrupt, &mut tools);
         let _ = std::fs::remove_file(&path);
-        tools.end();
+        if let left @ 1.. = tools.end(END_LIMIT) {
+            tracing::warn!(left, "tools' threads do not end; their views have");
+        }
         served.context("cannot wait for tools")?;
         Ok(ExitCode::SUCCESS)
     }
@@ -134,54 +139,70 @@ struct Tools {
     running: Vec<Running>,
 }
 
+/// A tool, until none of its threads is left.
 struct Running {
-    uid: u32,
-    socket: Arc<PacketSocket>,
-    thread: JoinHandle<()>,
+    place: Arc<Place>,
+    /// Its threads alone drop it, and with its socket the files in packets that were not received:
+    /// that may block.
+    connection: Weak<Connection>,
 }
 
 impl Tools {
-    /// Starts a thread for a tool, or refuses it.
+    fn new(admits_all: bool, attach: Arc<Attach>) -> Self {
+        Self { admits_all, attach, running: Vec::new() }
+    }
+
+    /// Asks the kernel who has connected.
     fn admit(&mut self, fd: OwnedFd) -> io::Result<()> {
         let peer = peer_credentials(&fd)?;
-        let credentials = Credentials { pid: peer.pid.unwrap_or(0), uid: peer.uid };
-        let socket = Arc::new(PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?);
-        self.running.retain(|tool| !tool.thread.is_finished());
-        if let Some((refusal, message)) = self.refusal(credentials) {
+        self.admit_as(fd, Credentials { pid: peer.pid.unwrap_or(0), uid: peer.uid })
+    }
+
+    /// Starts a thread for a tool, or refuses it.
+    fn admit_as(&mut self, fd: OwnedFd, credentials: Credentials) -> io::Result<()> {
+        let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
+        if let Err((refusal, message)) = self.find_place(credentials) {
             // A tool that does not read it does without.
             let _ = socket.send(&FromBroker::Refused { id: 0, refusal, message }, &[], Wait::No);
             return Ok(());
         }
-        let thread = std::thread::Builder::new().name("tool".into()).spawn({
-            let (socket, attach) = (Arc::clone(&socket), Arc::clone(&self.attach));
-            move || {
-                tool::serve(&socket, credentials, &*attach);
-                // The list holds it until the next tool comes.
-                socket.shut_down();
-            }
+        let (connection, attach) =
+            (Arc::new(Connection::new(socket, credentials)), Arc::clone(&self.attach));
+        let place = Arc::clone(&connection.place);
+        self.running.push(Running { place, connection: Arc::downgrade(&connection) });
+        std::thread::Builder::new().name("tool".into()).spawn(move || {
+            tool::serve(&connection, &*attach);
+            connection.end();
         })?;
-        self.running.push(Running { uid: peer.uid, socket, thread });
         Ok(())
     }
 
-    fn refusal(&self, who: Credentials) -> Option<(Refusal, String)> {
-        let Credentials { uid, .. } = who;
-        let of_user = self.running.iter().filter(|tool| tool.uid == uid).count();
+    fn find_place(&mut self, who: Credentials) -> Result<(), (Refusal, String)> {
         if !who.is_administrator() && !self.admits_all {
-            return Some((Refusal::Denied, format!("user {uid} may not")));
+            return Err((Refusal::Denied, format!("user {} may not", who.uid)));
         }
-        let is_full = self.running.len() >= MAX_TOOLS || of_user >= MAX_OF_USER;
-        is_full.then(|| (Refusal::Limit, "too many tools have views here: close some".to_owned()))
+        self.forget_ended();
+        let taken = self.running.iter().map(|tool| &*tool.place);
+        place::find(taken, who.uid).map_err(|message| (Refusal::Limit, message))
     }
 
-    /// Ends all connections, and waits until their views have ended.
-    fn end(&mut self) {
-        for tool in &self.running {
-            tool.socket.shut_down();
+    fn forget_ended(&mut self) {
+        self.running.retain(|tool| tool.connection.strong_count() > 0);
+    }
+
+    /// Ends all connections and their views. Waits until all threads have ended, at most for so
+    /// long, and returns of how many tools some have not.
+    fn end(&mut self, limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
+        for tool in self.running.iter().filter_map(|tool| tool.connection.upgrade()) {
+            tool.end();
         }
-        for tool in self.running.drain(..) {
-            // A thread that panicked has dropped its view.
-            let _ = tool.thread.join();
+        loop {
+            self.forget_ended();
+            if self.running.is_empty() || Instant::now() >= deadline {
+                return self.running.len();
+            }
+            std::thread::sleep(END_LOOK);
         }
     }
 }

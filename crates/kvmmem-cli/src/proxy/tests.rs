@@ -2,6 +2,8 @@
 //! A proxy whose views are those of a broker in this process: tools use it as they use a broker.
 
 use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -19,9 +21,11 @@ use kvmmem_proto::scope::Rights;
 use kvmmem_sys::ram::GuestRam;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::fs::{fallocate, fcntl_add_seals, memfd_create};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::sockopt::set_socket_linger;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, recv, send, socketpair};
 use uuid::Uuid;
 
+use super::place::{MAX_TOOLS, MAX_WAITING_OF_USER};
 use super::*;
 
 /// Longer than any machine needs.
@@ -59,7 +63,7 @@ impl TestProxy {
             assert_eq!(caller.pid, std::process::id());
             View::attach_host(&broker, token, access)
         });
-        let tools = Tools { admits_all: false, attach, running: Vec::new() };
+        let tools = Tools::new(false, attach);
         Self { directory, ram, vm, listener, tools, _stop: stop }
     }
 
@@ -151,7 +155,7 @@ fn a_tool_learns_why_its_view_has_ended() {
     let mut proxy = TestProxy::start();
     let grant = proxy.grant(Rights::ReadOnly);
     let view = proxy.attach(&grant).unwrap();
-    proxy.tools.end();
+    assert_eq!(proxy.tools.end(PATIENCE), 0);
     wait_for_views(&proxy, 0);
     assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Gone));
 }
@@ -240,16 +244,18 @@ fn a_tool_that_breaks_the_protocol_ends_alone() {
         assert!(channels.len() < 100);
     };
     assert_eq!(refusal, Refusal::Limit);
-    // A channel ends where its buffer cannot be written any more, and where a request is malformed.
-    let read = CopyRequest { id: 1, write: false, at: 0, pieces: vec![Piece { gpa: 0, len: 8 }] };
-    let (socket, file) = channels.pop().unwrap();
-    fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).unwrap();
-    assert_eq!(exchange(&socket, &read.encode()), b"");
+    // A channel ends where a request is malformed.
     let (socket, _file) = channels.pop().unwrap();
     assert_eq!(exchange(&socket, b"?"), b"");
-    let (socket, _file) = channels.pop().unwrap();
-    let answer = CopyAnswer::decode(&exchange(&socket, &read.encode())).unwrap();
-    assert_eq!(answer, CopyAnswer { id: 1, status: Status::Done, pieces: 1, bytes: 0 });
+    // A buffer is never written by `write`, which waits for the file's lock, that a tool can hold.
+    let read = CopyRequest { id: 1, write: false, at: 0, pieces: vec![Piece { gpa: 0, len: 8 }] };
+    let done = CopyAnswer { id: 1, status: Status::Done, pieces: 1, bytes: 0 };
+    let (socket, file) = channels.pop().unwrap();
+    for seal in [SealFlags::empty(), SealFlags::FUTURE_WRITE] {
+        fcntl_add_seals(&file, seal).unwrap();
+        let answer = CopyAnswer::decode(&exchange(&socket, &read.encode()));
+        assert_eq!(answer, Some(done), "{seal:?}");
+    }
 
     let socket = proxy.serve(|path| client::connect(path).unwrap());
     send(&socket, b"{", SendFlags::empty()).unwrap();
@@ -258,6 +264,115 @@ fn a_tool_that_breaks_the_protocol_ends_alone() {
         refused,
         Some((FromBroker::Refused { id: 0, refusal: Refusal::Malformed, .. }, _))
     ));
+}
+
+#[test]
+fn a_file_that_takes_long_to_close_holds_up_neither_the_end_nor_other_tools() {
+    let mut proxy = TestProxy::start();
+    let grant = proxy.grant(Rights::ReadOnly);
+    let (file, peer) = lingering();
+    let (socket, theirs) = pair();
+    let caller = Caller::this_process();
+    let (token, reaching) = (grant.token.clone(), Vec::new());
+    let attach = Call::Attach { token, caller, read_only: true, reaching };
+    socket.send(&Request { id: 1, call: attach }, &[], Wait::Limited).unwrap();
+    let open = Request { id: 2, call: Call::OpenCopies { view: 1 } };
+    socket.send(&open, &[file.as_fd()], Wait::Limited).unwrap();
+    // Only the packet has it now: the proxy closes it last.
+    drop(file);
+    proxy.tools.admit_as(theirs, this_process()).unwrap();
+    let mut buffer = PacketBuffer::default();
+    let mut receive = || loop {
+        match socket.receive::<FromBroker>(&mut buffer).unwrap().unwrap().0 {
+            FromBroker::Working => {}
+            answer => break answer,
+        }
+    };
+    assert!(matches!(receive(), FromBroker::Answer { id: 1, .. }));
+    assert!(matches!(receive(), FromBroker::Refused { id: 2, refusal: Refusal::Invalid, .. }));
+    let view = proxy.attach(&grant).unwrap();
+    view.read_at(0, &mut [0]).unwrap();
+    wait_for_views(&proxy, 2);
+
+    assert!(proxy.tools.end(Duration::ZERO) > 0, "it was closed at once");
+    wait_for_views(&proxy, 0);
+    drop(peer);
+    assert_eq!(proxy.tools.end(PATIENCE), 0);
+}
+
+#[test]
+fn tools_without_a_token_keep_out_none_that_has_one() {
+    let mut proxy = TestProxy::start();
+    proxy.tools.admits_all = true;
+    let token = proxy.grant(Rights::ReadOnly).token;
+    let mut connect = |uid| {
+        let (socket, theirs) = pair();
+        socket.limit_receive(Some(PATIENCE)).unwrap();
+        let pid = std::process::id();
+        proxy.tools.admit_as(theirs, Credentials { pid, uid }).unwrap();
+        socket
+    };
+    let mut buffer = PacketBuffer::default();
+    let users = MAX_TOOLS / MAX_WAITING_OF_USER;
+    let mut idle = Vec::new();
+    for uid in (1..).take(users) {
+        idle.extend((0..MAX_WAITING_OF_USER).map(|_| connect(uid)));
+        let refused = connect(uid).receive::<FromBroker>(&mut buffer).unwrap();
+        let Some((FromBroker::Refused { refusal: Refusal::Limit, message, .. }, _)) = refused
+        else {
+            panic!("{refused:?}")
+        };
+        assert!(message.contains("no view"), "{message}");
+    }
+    assert_eq!(idle.len(), MAX_TOOLS);
+    let socket = connect(u32::MAX - 1);
+    let (caller, reaching) = (Caller::this_process(), Vec::new());
+    let call = Call::Attach { token, caller, read_only: true, reaching };
+    let request = Request { id: 1, call };
+    let (answer, _) = client::ask(&socket, &mut buffer, &request, &[], |_| {}).unwrap();
+    assert!(matches!(answer, Answer::HostAttached { .. }));
+    // The oldest one has made way.
+    let told = idle[0].receive::<FromBroker>(&mut buffer).unwrap();
+    let Some((FromBroker::Refused { refusal: Refusal::Limit, message, .. }, _)) = told else {
+        panic!("{told:?}")
+    };
+    assert!(message.contains("ask again"), "{message}");
+}
+
+#[test]
+fn a_proxy_replaces_the_socket_of_one_that_was_killed() {
+    let mut proxy = TestProxy::start();
+    let grant = proxy.grant(Rights::ReadOnly);
+    let path = proxy.path("proxy.sock");
+    // The kernel closes the listener, and leaves its name.
+    proxy.listener = File::open("/dev/null").unwrap().into();
+    let error = View::attach_host(&path, &grant.token, Access::ReadOnly).unwrap_err();
+    assert!(matches!(error, ViewError::AttachHost { .. }) && path.exists(), "{error}");
+    (proxy.listener, _) = listener::bind(&path, None).unwrap();
+    proxy.attach(&grant).unwrap();
+}
+
+/// A socket, and its peer: the last close of the former waits until the latter is closed.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    set_socket_linger(&file, Some(PATIENCE * 60)).unwrap();
+    file.set_nonblocking(true).unwrap();
+    // More than the peer's buffer takes.
+    while (&file).write(&[0; 1 << 16]).is_ok() {}
+    (file, peer)
+}
+
+/// A tool's socket, and the end that the proxy accepts.
+fn pair() -> (PacketSocket, OwnedFd) {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let (ours, theirs) = socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+    (PacketSocket::accepted(ours, SEND_LIMIT).unwrap(), theirs)
+}
+
+fn this_process() -> Credentials {
+    Credentials { pid: std::process::id(), uid: rustix::process::geteuid().as_raw() }
 }
 
 /// The answer to a packet; nothing where the peer has closed.

@@ -19,6 +19,8 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::channel::Channel;
+use super::connection::Connection;
+use super::place::Stage;
 
 /// The numbers of the one view of a connection, its grant and its target.
 const VIEW: u64 = 1;
@@ -37,29 +39,28 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long a tool may take to ask for a view.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a tool is told whose place another one gets.
+const GIVES_WAY: &str =
+    "too many tools are connected, and this one had not asked for a view: ask again";
+
 /// Attaches a view for a process.
 pub(super) type Attach = dyn Fn(&Token, Access, Caller) -> Result<View, ViewError> + Send + Sync;
 
 /// A refusal and its words.
 type Refused = (Refusal, String);
 
-/// A connection whose view is open. The channels end before the view does.
-struct Open {
-    channels: Vec<Channel>,
-    view: Arc<View>,
-}
-
-/// Serves a tool until it closes, or its view has ended.
-pub(super) fn serve(socket: &PacketSocket, credentials: Credentials, attach: &Attach) {
-    let (mut buffer, mut open) = (PacketBuffer::default(), None);
+/// Serves a tool until it closes, its view has ended, or it gives way.
+pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach) {
+    let (socket, mut buffer) = (&connection.socket, PacketBuffer::default());
+    // `None` until the view is open.
+    let mut channels = None;
     let asked_by = Instant::now() + ASK_LIMIT;
     loop {
         match is_readable(socket) {
             Ok(false) => {}
             Ok(true) => match socket.receive(&mut buffer) {
                 Ok(Some((request, files))) => {
-                    let tool = (socket, credentials, attach);
-                    if answer(tool, &mut open, request, files).is_err() {
+                    if answer(connection, attach, &mut channels, request, &files).is_err() {
                         return;
                     }
                 }
@@ -72,8 +73,12 @@ pub(super) fn serve(socket: &PacketSocket, credentials: Credentials, attach: &At
             },
             Err(_) => return,
         }
-        let goes_on = match &open {
-            Some(open) => push(socket, &open.view),
+        let goes_on = match &channels {
+            Some(_) => connection.with_view(|view| push(socket, view)) == Some(true),
+            None if connection.place.gives_way() => {
+                let _ = refuse(socket, 0, (Refusal::Limit, GIVES_WAY.to_owned()));
+                false
+            }
             None => Instant::now() < asked_by,
         };
         if !goes_on {
@@ -94,25 +99,37 @@ fn is_readable(socket: &PacketSocket) -> Result<bool, Errno> {
 
 /// Answers one request; fails where the tool does not read.
 fn answer(
-    (socket, credentials, attach): (&PacketSocket, Credentials, &Attach),
-    open: &mut Option<Open>,
+    connection: &Arc<Connection>,
+    attach: &Attach,
+    channels: &mut Option<Vec<Channel>>,
     request: Request,
-    files: Vec<OwnedFd>,
+    files: &[OwnedFd],
 ) -> Result<(), PacketError> {
-    let Request { id, call } = request;
-    let answered = match (call, &mut *open) {
+    let (Request { id, call }, socket) = (request, &connection.socket);
+    let answered = match (call, &mut *channels) {
         (Call::Attach { token, caller, read_only, .. }, None) => {
-            let caller = Caller { pid: credentials.pid, uid: credentials.uid, ..caller };
+            let Credentials { pid, uid } = connection.credentials;
+            let caller = Caller { pid, uid, ..caller };
             let access = if read_only { Access::ReadOnly } else { Access::Granted };
-            let attach = || attach(&token, access, caller);
-            while_waiting(socket, attach).map_err(|error| refusal_of(&error)).and_then(|view| {
-                let attached = attached(&view)?;
-                *open = Some(Open { channels: Vec::new(), view: Arc::new(view) });
-                Ok((attached, None))
-            })
+            let place = &connection.place;
+            let attach = || {
+                if !place.enter(Stage::Asking) {
+                    return Err((Refusal::Limit, GIVES_WAY.to_owned()));
+                }
+                let opened = attach(&token, access, caller).map_err(|error| refusal_of(&error));
+                opened.and_then(|view| Ok((attached(&view)?, view)))
+            };
+            let opened = while_waiting(socket, attach).map(|(attached, view)| {
+                connection.open(view);
+                *channels = Some(Vec::new());
+                (attached, None)
+            });
+            place.enter(if opened.is_ok() { Stage::Open } else { Stage::Idle });
+            opened
         }
-        (Call::OpenCopies { view: VIEW }, Some(open)) => {
-            open_channel(open, files).map(|theirs| (Answer::CopiesOpened, Some(theirs)))
+        (Call::OpenCopies { view: VIEW }, Some(channels)) => {
+            let opened = open_channel(connection, channels, files);
+            opened.map(|theirs| (Answer::CopiesOpened, Some(theirs)))
         }
         (call, _) if call.is_one_way() => return Ok(()),
         _ => Err((
@@ -181,17 +198,21 @@ fn regions(status: &Status) -> Vec<Region> {
     status.ranges.iter().map(region).collect()
 }
 
-fn open_channel(open: &mut Open, mut files: Vec<OwnedFd>) -> Result<OwnedFd, Refused> {
-    let (Some(file), true) = (files.pop(), files.is_empty()) else {
+fn open_channel(
+    connection: &Arc<Connection>,
+    channels: &mut Vec<Channel>,
+    files: &[OwnedFd],
+) -> Result<OwnedFd, Refused> {
+    let [file] = files else {
         let message = "a channel for copies comes with one memfd".to_owned();
         return Err((Refusal::Invalid, message));
     };
-    if open.channels.len() >= MAX_CHANNELS {
+    if channels.len() >= MAX_CHANNELS {
         let message = format!("this connection has {MAX_CHANNELS} channels already");
         return Err((Refusal::Limit, message));
     }
-    let (channel, theirs) = Channel::open(&open.view, file)?;
-    open.channels.push(channel);
+    let (channel, theirs) = Channel::open(connection, file)?;
+    channels.push(channel);
     Ok(theirs)
 }
 
