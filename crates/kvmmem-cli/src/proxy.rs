@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvmmem::View;
-use kvmmem::view::default_socket;
+use kvmmem::view::{check_guest_endpoint, default_socket};
 use kvmmem_proto::credentials::{Credentials, group_id};
 use kvmmem_proto::listener;
 use kvmmem_proto::message::{FromBroker, Refusal};
@@ -41,6 +41,9 @@ use self::place::Place;
 use self::tool::Attach;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
+
+/// How long the host has for refusing this machine.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
 
 /// How long the tools' threads may take to end, and how often it is looked.
 const END_LIMIT: Duration = Duration::from_secs(5);
@@ -66,6 +69,9 @@ pub(crate) struct Arguments {
 const AFTER_HELP: &str = "\
 SIGINT and SIGTERM end it, and with it the views of its tools.";
 
+const NO_INTROSPECTOR: &str = "no host opens views for this machine, so it is not an introspector; run kvmmem proxy in one (on its host: kvmmem \
+     introspector add --trusted), or see kvmmem doctor --role guest";
+
 #[derive(Serialize)]
 struct ListeningLine<'a> {
     listening: &'a Path,
@@ -76,6 +82,8 @@ impl Arguments {
         if kvmmem::device::default_path().exists() {
             bail!("the module kvmmem is loaded: tools attach views by it and need no proxy");
         }
+        // On another machine its socket would be in the place of a broker's.
+        check_guest_endpoint(REFUSAL_LIMIT).context(NO_INTROSPECTOR)?;
         if !rustix::process::geteuid().is_root() {
             bail!("only root can map the devices of views: run kvmmem proxy as root");
         }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What this machine lacks: causes, a broker, a tool, and what `doctor` reports about it.
 
+use std::io::{BufRead, BufReader};
+
 use crate::{kvmmem, run, texts};
 
 #[test]
@@ -110,4 +112,28 @@ fn the_doctor_agrees_with_its_exit_code_in_both_roles_and_forms() {
     let is_root = rustix::process::geteuid().is_root();
     assert_eq!(look("/nonexistent/broker.sock"), Some(i32::from(!is_root)));
     assert_eq!(run(&["doctor", "--for", "look", "--role", "guest"]).0, Some(2));
+}
+
+#[test]
+fn a_proxy_starts_in_an_introspector_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("proxy.sock");
+    // No host serves this port.
+    let mut proxy = kvmmem(&["proxy", "--socket", socket.to_str().unwrap()])
+        .env("KVMMEM_GUEST_PORT", "1")
+        .spawn()
+        .unwrap();
+    // It prints where it listens, or ends.
+    let mut line = String::new();
+    BufReader::new(proxy.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    // One that listens does not end by itself.
+    let _ = proxy.kill();
+    let (code, _, stderr) = texts(proxy.wait_with_output().unwrap());
+    assert_eq!((line.as_str(), code), ("", Some(1)), "{stderr}");
+    for word in
+        ["not an introspector", "introspector add", "kvmmem doctor --role guest", "vsock port 1"]
+    {
+        assert!(stderr.contains(word), "{word}: {stderr}");
+    }
+    assert!(!socket.exists());
 }
