@@ -132,7 +132,8 @@ pub(crate) fn view(errno: Errno) -> &'static str {
 pub(crate) fn host(error: &ClientError) -> &'static str {
     match error {
         ClientError::Connect { .. } => {
-            ": is kvmmemd running, and may this user open its socket (root, or the socket's group)?"
+            ": on a host, is kvmmemd running? In an introspector, is kvmmem proxy (as root: kvmmem proxy --group GROUP)? May \
+             this user open the socket (root, or its group)?"
         }
         ClientError::Refused { refusal: Refusal::Unknown, .. } => ": ask for a new token",
         _ => "",

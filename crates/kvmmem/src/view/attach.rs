@@ -7,6 +7,8 @@ use std::sync::Arc;
 use kvmmem_kvmi::token::Token;
 use kvmmem_memory::Range;
 use kvmmem_proto::message::Caller;
+use kvmmem_proto::packet::PacketError;
+use rustix::io::Errno;
 
 use super::device::DeviceView;
 use super::error::ViewError;
@@ -16,12 +18,14 @@ use super::status::Access;
 use super::sysfs::{self, SysfsView};
 use super::{View, default_socket};
 use crate::device::default_path;
+use crate::host::ClientError;
 
 impl View {
     /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
     /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
     /// broker (at `$KVMMEM_BROKER`, or else [`super::DEFAULT_SOCKET`]), then, in a virtual machine, the
-    /// way without the module.
+    /// way without the module. There `kvmmem proxy` has the broker's socket; if it was killed, its
+    /// socket is left, and root attaches without the module as well.
     ///
     /// ```no_run
     /// use kvmmem::{Access, View};
@@ -62,7 +66,12 @@ impl View {
         if device.exists() {
             Self::attach_device(&device, token, access)
         } else if socket.exists() {
-            Self::attach_host_reaching(&socket, token, access, ranges)
+            match Self::attach_host_reaching(&socket, token, access, ranges) {
+                Err(error) if is_unserved(&error) && is_root() && sysfs::is_possible() => {
+                    without_proxy(error, Self::attach_without_module(token, access))
+                }
+                attached => attached,
+            }
         } else if sysfs::is_possible() {
             Self::attach_without_module(token, access).map_err(|error| match error {
                 ViewError::GuestEndpoint(endpoint)
@@ -170,5 +179,79 @@ impl View {
         ranges: &[Range],
     ) -> Result<Self, ViewError> {
         Ok(Self { backend: Arc::new(HostView::attach(socket, token, access, ranges)?) })
+    }
+}
+
+/// Whether no process listens at the socket: it was left by one that was killed, or went at once.
+fn is_unserved(error: &ViewError) -> bool {
+    let ViewError::AttachHost { source, .. } = error else { return false };
+    let ClientError::Connect { source: PacketError::Connect(errno), .. } = **source else {
+        return false;
+    };
+    matches!(errno, Errno::CONNREFUSED | Errno::NOENT)
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// What comes of attaching `direct`ly where no process listens at the socket. If the host has no
+/// guest endpoint, this is a host itself, in a virtual machine, and the socket its broker's.
+fn without_proxy(error: ViewError, direct: Result<View, ViewError>) -> Result<View, ViewError> {
+    match direct {
+        Err(ViewError::GuestEndpoint(endpoint))
+            if matches!(*endpoint, GuestEndpointError::Connect { .. }) =>
+        {
+            Err(error)
+        }
+        attached => attached,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags};
+
+    use super::*;
+    use crate::view::ViewOperation;
+
+    fn attach(socket: &Path) -> ViewError {
+        View::attach_host(socket, &Token::new([1, 2, 3, 4]), Access::ReadOnly).unwrap_err()
+    }
+
+    #[test]
+    fn a_proxy_that_was_killed_is_told_from_one_that_refuses() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("kvmmemd.sock");
+        assert!(is_unserved(&attach(&path)), "it went at once");
+        let (listener, lock) = kvmmem_proto::listener::bind(&path, None).unwrap();
+        let served = std::thread::scope(|scope| {
+            let tool = scope.spawn(|| attach(&path));
+            let files = &mut [PollFd::new(&listener, PollFlags::IN)];
+            rustix::event::poll(files, None).unwrap();
+            drop(rustix::net::accept(&listener).unwrap());
+            tool.join().unwrap()
+        });
+        assert!(!is_unserved(&served), "{served}");
+        drop((listener, lock));
+        let left = attach(&path);
+        assert!(path.exists() && is_unserved(&left), "{left}");
+        // A user that is not root has no other way.
+        let text = left.to_string();
+        for word in [&*path.to_string_lossy(), "kvmmem proxy --group", "as root", "kvmmemd"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
+
+    #[test]
+    fn without_a_proxy_the_direct_way_counts_if_there_is_one() {
+        let left = || ViewError::Nowhere { device: "/".into(), socket: "/".into(), endpoint: None };
+        let ended = ViewError::Revoked { operation: ViewOperation::Status };
+        let error = without_proxy(left(), Err(ended)).unwrap_err();
+        assert!(matches!(error, ViewError::Revoked { .. }), "{error}");
+        let source = Errno::CONNRESET.into();
+        let endpoint = Box::new(GuestEndpointError::Connect { port: 1, source });
+        let error = without_proxy(left(), Err(ViewError::GuestEndpoint(endpoint))).unwrap_err();
+        assert!(matches!(error, ViewError::Nowhere { .. }), "{error}");
     }
 }
