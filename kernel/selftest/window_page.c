@@ -138,6 +138,9 @@ static void refused(void)
 	CHECK_REFUSED(mprotect(p, PAGE, PROT_READ | PROT_EXEC), EACCES);
 	CHECK(mremap(p, PAGE, 2 * PAGE, MREMAP_MAYMOVE) == MAP_FAILED);
 	CHECK(mremap(p, 0, PAGE, MREMAP_MAYMOVE) == MAP_FAILED);
+	CHECK(mremap(p, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP) == MAP_FAILED);
+	/* Nor to a child. */
+	CHECK_REFUSED(madvise(p, PAGE, MADV_DOFORK), EINVAL);
 	CHECK_EQUAL(syscall(SYS_remap_file_pages, p, PAGE, 0, FIRST / PAGE + 1, 0), -1);
 	CHECK(signal_of_read(p) == SIGSEGV || number_at(p) == shared_content(FIRST));
 	close(fd);
