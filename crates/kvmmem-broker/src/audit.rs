@@ -43,7 +43,8 @@ impl Audit {
     pub(crate) fn write(&self, event: Event<'_>) {
         let allowed = self.parties.allow(event.party(), event.kind(), Instant::now());
         let Some(suppressed) = allowed else { return };
-        let record = Record { suppressed, ..event.record() };
+        let mut record = Record { suppressed, ..Record::default() };
+        event.fill(&mut record);
         record.trace();
         if let Some(file) = &*self.file.read().unwrap_or_else(PoisonError::into_inner) {
             file.write(&record);

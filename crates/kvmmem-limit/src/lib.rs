@@ -107,21 +107,8 @@ impl RateLimit {
 
     /// Whether a line may be written at `now`, and how many were not since the last one that was.
     pub fn allow(&self, now: Instant) -> Option<u64> {
-        self.admit(now, || Some(0))
-    }
-
-    /// The same; `first` decides about the first line of all, and adds to how many were not
-    /// written.
-    pub fn admit(&self, now: Instant, first: impl FnOnce() -> Option<u64>) -> Option<u64> {
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bucket) = &mut *bucket {
-            return bucket.allow(self.rate, now);
-        }
-        let suppressed = first()?;
-        let mut new = Bucket::new(self.rate, now);
-        let allowed = new.allow(self.rate, now);
-        *bucket = Some(new);
-        allowed.map(|own| own + suppressed)
+        bucket.get_or_insert_with(|| Bucket::new(self.rate, now)).allow(self.rate, now)
     }
 }
 
@@ -167,14 +154,6 @@ mod tests {
         assert!(
             !bucket.is_full(rate, now + SECOND * 1009) && bucket.is_full(rate, now + SECOND * 1010)
         );
-    }
-
-    #[test]
-    fn the_first_line_may_be_refused() {
-        let (limit, now) = (RateLimit::new(2), Instant::now());
-        assert_eq!(limit.admit(now, || None), None);
-        assert_eq!(limit.admit(now, || Some(7)), Some(7));
-        assert_eq!(limit.admit(now, || panic!("it is the second")), Some(0));
     }
 }
 

@@ -226,109 +226,131 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// What is written of it.
-    pub(super) fn record(&self) -> Record<'a> {
-        let new = Record::default;
-        let record = match *self {
+    /// Writes into a new record what belongs to the event. The record is large: it is filled in place,
+    /// as thousands of threads keep the deepest stack that they have ever had.
+    pub(super) fn fill(&self, record: &mut Record<'a>) {
+        record.event = self.kind().name();
+        match *self {
             Self::Registered(vm) => {
                 let identity = vm.identity();
-                Record {
-                    cid: identity.cid,
-                    introspectable: Some(identity.introspectable),
-                    introspector: Some(identity.introspector),
-                    ..new().of(vm).on_host(vm.peer().credentials())
-                }
+                record.of(vm).on_host(vm.peer().credentials());
+                record.cid = identity.cid;
+                record.introspectable = Some(identity.introspectable);
+                record.introspector = Some(identity.introspector);
             }
-            Self::Added { vm, by } | Self::Registers { vm, by } => new().of(vm).on_host(by),
+            Self::Added { vm, by } | Self::Registers { vm, by } => {
+                record.of(vm).on_host(by);
+            }
             Self::AddedIntrospector { vm, on_silence, is_trusted, by } => {
                 let trusted = if is_trusted { ", trusted" } else { "" };
-                let policy = Some(format!("{on_silence}{trusted}"));
-                Record { policy, ..new().of(vm).on_host(by) }
+                record.of(vm).on_host(by);
+                record.policy = Some(format!("{on_silence}{trusted}"));
             }
-            Self::Silent { vm, view, grant, on_silence, reason } => Record {
-                view: Some(view),
-                grant: Some(grant),
-                policy: Some(on_silence.to_string()),
-                ..new().by(vm).because(reason)
-            },
+            Self::Silent { vm, view, grant, on_silence, reason } => {
+                record.by(vm).because(reason);
+                record.view = Some(view);
+                record.grant = Some(grant);
+                record.policy = Some(on_silence.to_string());
+            }
             Self::PortRetired { vm, view, grant, bus } => {
-                Record { view: Some(view), grant: Some(grant), ..new().by(vm).because(bus) }
+                record.by(vm).because(bus);
+                record.view = Some(view);
+                record.grant = Some(grant);
             }
-            Self::Gone(vm) => new().of(vm),
+            Self::Gone(vm) => {
+                record.of(vm);
+            }
             Self::TakenOver { vm, former } => {
                 let reason = format!("live update: it was process {}", former.pid);
-                new().of(vm).on_host(vm.peer().credentials()).because(reason)
+                record.of(vm).on_host(vm.peer().credentials()).because(reason);
             }
             Self::Refused { peer, vm, reason } => {
-                let record = vm.map_or_else(new, |vm| new().by(vm));
-                record.on_host(peer.credentials()).because(reason)
+                if let Some(vm) = vm {
+                    record.by(vm);
+                }
+                record.on_host(peer.credentials()).because(reason);
             }
             Self::Hook { vm, endpoint, on, by } => {
-                Record { on: Some(on), ..new().of(vm).at(endpoint).on_host(by) }
+                record.of(vm).at(endpoint).on_host(by);
+                record.on = Some(on);
             }
             Self::HookEnded { vm, endpoint, reason } => {
-                Record { on: Some(false), ..new().of(vm).at(endpoint).because(reason) }
+                record.of(vm).at(endpoint).because(reason);
+                record.on = Some(false);
             }
-            Self::Connected { vm, endpoint } => new().of(vm).at(endpoint),
+            Self::Connected { vm, endpoint } => {
+                record.of(vm).at(endpoint);
+            }
             Self::Disconnected { vm, endpoint, reason }
-            | Self::NotMinted { vm, endpoint, reason } => new().of(vm).at(endpoint).because(reason),
-            Self::NewToken { vm, endpoint, grant, scope, holder } => Record {
-                grant: Some(grant),
-                holder: holder.map(|holder| holder.identity().uuid),
-                ..new().of(vm).at(endpoint).allowing(scope)
-            },
-            Self::Granted { vm, opened, request, by } => Record {
-                grant: Some(opened.grant),
-                uses: Some(request.uses),
-                ttl_ms: Some(request.ttl_ms),
-                holder: request.holder,
-                label: request.label.as_deref(),
-                ..new().of(vm).allowing(&opened.scope).on_host(by)
-            },
+            | Self::NotMinted { vm, endpoint, reason } => {
+                record.of(vm).at(endpoint).because(reason);
+            }
+            Self::NewToken { vm, endpoint, grant, scope, holder } => {
+                record.of(vm).at(endpoint).allowing(scope);
+                record.grant = Some(grant);
+                record.holder = holder.map(|holder| holder.identity().uuid);
+            }
+            Self::Granted { vm, opened, request, by } => {
+                record.of(vm).allowing(&opened.scope).on_host(by);
+                record.grant = Some(opened.grant);
+                record.uses = Some(request.uses);
+                record.ttl_ms = Some(request.ttl_ms);
+                record.holder = request.holder;
+                record.label = request.label.as_deref();
+            }
             Self::Used { grant, target, by } => {
-                Record { grant: Some(grant), ..new().of(target).by(by) }
+                record.of(target).by(by);
+                record.grant = Some(grant);
             }
             Self::Attached { view, opened, target, peer, by, caller } => {
-                let record = new().of(target).allowing(&opened.scope).asked_by(caller);
-                let record = record.on_host(peer.credentials());
-                let record = Record { grant: Some(opened.grant), view: Some(view), ..record };
+                record.of(target).allowing(&opened.scope).asked_by(caller);
+                record.on_host(peer.credentials());
+                record.grant = Some(opened.grant);
+                record.view = Some(view);
                 match by {
                     Some(vm) => record.by(vm),
                     None => record.by_host(),
-                }
+                };
             }
-            Self::Detached { view, reason, .. } => Record {
-                vm: Some(view.target),
-                grant: Some(view.grant),
-                view: Some(view.id),
-                by: Some(&view.by),
-                by_uuid: view.by_uuid,
-                seeks: Some(view.counters.seeks),
-                refused_writes: Some(view.counters.refused_writes),
-                ..new().asked_by(&view.caller).because(reason)
-            },
-            Self::Revoked { grant, target, outcome, by } => Record {
-                vm: Some(target),
-                grant: Some(grant),
-                views: Some(outcome.views),
-                unconfirmed: Some(outcome.unconfirmed),
-                micros: Some(outcome.micros),
-                ..new().on_host(by)
-            },
+            Self::Detached { view, reason, .. } => {
+                record.asked_by(&view.caller).because(reason);
+                record.vm = Some(view.target);
+                record.grant = Some(view.grant);
+                record.view = Some(view.id);
+                record.by = Some(&view.by);
+                record.by_uuid = view.by_uuid;
+                record.seeks = Some(view.counters.seeks);
+                record.refused_writes = Some(view.counters.refused_writes);
+            }
+            Self::Revoked { grant, target, outcome, by } => {
+                record.on_host(by);
+                record.vm = Some(target);
+                record.grant = Some(grant);
+                record.views = Some(outcome.views);
+                record.unconfirmed = Some(outcome.unconfirmed);
+                record.micros = Some(outcome.micros);
+            }
             Self::Policy { uuid, policy, by } => {
-                Record { uuid: Some(uuid), policy: Some(policy.to_string()), ..new().on_host(by) }
+                record.on_host(by);
+                record.uuid = Some(uuid);
+                record.policy = Some(policy.to_string());
             }
             Self::Paused { vm, was_running, by } => {
-                let record = new().of(vm).on_host(by);
-                if was_running { record } else { record.because("it did not run before") }
+                record.of(vm).on_host(by);
+                if !was_running {
+                    record.because("it did not run before");
+                }
             }
-            Self::Resumed { vm, reason, by } => new().of(vm).on_host(by).because(reason),
-            Self::RamChanged { vm, change } => new().of(vm).because(match change {
-                Change::Reset => "reset",
-                Change::Resized => "resized",
-            }),
-        };
-        Record { event: self.kind().name(), ..record }
+            Self::Resumed { vm, reason, by } => {
+                record.of(vm).on_host(by).because(reason);
+            }
+            Self::RamChanged { vm, change } => {
+                record.of(vm).because(match change {
+                    Change::Reset => "reset",
+                    Change::Resized => "resized",
+                });
+            }
+        }
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// How many kinds there are.
+    #[cfg(test)]
     pub(crate) const COUNT: usize = Self::PortRetired as usize + 1;
 
     pub(super) fn name(self) -> &'static str {

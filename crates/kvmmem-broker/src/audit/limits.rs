@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use kvmmem_limit::{Bucket, Rate, RateLimit};
+use kvmmem_limit::{Bucket, Rate};
 
 use super::kind::Kind;
 use crate::sync::lock;
@@ -32,15 +32,9 @@ const MAX_BUCKETS: usize = 16_384;
 /// How often those are looked for that need not be remembered.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// The limits of what one VM causes.
-#[derive(Debug)]
-pub(crate) struct Limits([RateLimit; Kind::COUNT]);
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self(std::array::from_fn(|_| RateLimit::new(PER_SECOND)))
-    }
-}
+/// The limits of what one VM causes: of the few kinds of events that it has caused so far.
+#[derive(Debug, Default)]
+pub(crate) struct Limits(Mutex<Vec<(Kind, Bucket)>>);
 
 /// Who causes a line.
 #[derive(Clone, Copy, Debug)]
@@ -81,8 +75,15 @@ impl Parties {
     pub(super) fn allow(&self, party: Party<'_>, event: Kind, now: Instant) -> Option<u64> {
         match party {
             Party::Vm(limits, uid) => {
-                let limit = limits.0.get(event as usize)?;
-                limit.admit(now, || self.lock().allow((Key::New(uid), event), now))
+                let (mut buckets, rate) = (lock(&limits.0), Rate::of(PER_SECOND));
+                if let Some((_, bucket)) = buckets.iter_mut().find(|(kind, _)| *kind == event) {
+                    return bucket.allow(rate, now);
+                }
+                let suppressed = self.lock().allow((Key::New(uid), event), now)?;
+                let mut bucket = Bucket::new(rate, now);
+                let allowed = bucket.allow(rate, now);
+                buckets.push((event, bucket));
+                allowed.map(|own| own + suppressed)
             }
             Party::Holder { uid, grant } => {
                 let (mut state, key) = (self.lock(), (Key::Holder { uid, grant }, event));

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::Caller;
-use kvmmem_proto::scope::Scope;
+use kvmmem_proto::scope::{Scope, Span};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -95,47 +95,56 @@ pub(super) struct Record<'a> {
 
 impl<'a> Record<'a> {
     /// What happened to this VM.
-    pub(super) fn of(self, vm: &'a Vm) -> Self {
+    pub(super) fn of(&mut self, vm: &'a Vm) -> &mut Self {
         let identity = vm.identity();
-        Self { vm: Some(vm.id()), name: Some(&identity.name), uuid: Some(identity.uuid), ..self }
+        self.vm = Some(vm.id());
+        self.name = Some(&identity.name);
+        self.uuid = Some(identity.uuid);
+        self
     }
 
     /// What this introspector did.
-    pub(super) fn by(self, vm: &'a Vm) -> Self {
+    pub(super) fn by(&mut self, vm: &'a Vm) -> &mut Self {
         let identity = vm.identity();
-        Self { by: Some(&identity.name), by_uuid: Some(identity.uuid), ..self }
+        self.by = Some(&identity.name);
+        self.by_uuid = Some(identity.uuid);
+        self
     }
 
     /// What a process of the host did.
-    pub(super) fn by_host(self) -> Self {
-        Self { by: Some("host"), ..self }
+    pub(super) fn by_host(&mut self) -> &mut Self {
+        self.by = Some("host");
+        self
     }
 
-    pub(super) fn at(self, endpoint: &Endpoint) -> Self {
-        Self { endpoint: Some(endpoint.to_string()), ..self }
+    pub(super) fn at(&mut self, endpoint: &Endpoint) -> &mut Self {
+        self.endpoint = Some(endpoint.to_string());
+        self
     }
 
-    pub(super) fn on_host(self, peer: Credentials) -> Self {
-        Self { pid: Some(peer.pid), uid: Some(peer.uid), ..self }
+    pub(super) fn on_host(&mut self, peer: Credentials) -> &mut Self {
+        self.pid = Some(peer.pid);
+        self.uid = Some(peer.uid);
+        self
     }
 
-    pub(super) fn asked_by(self, caller: &'a Caller) -> Self {
-        Self {
-            caller_pid: Some(caller.pid),
-            caller_uid: Some(caller.uid),
-            caller_comm: Some(&caller.comm),
-            ..self
-        }
+    pub(super) fn asked_by(&mut self, caller: &'a Caller) -> &mut Self {
+        self.caller_pid = Some(caller.pid);
+        self.caller_uid = Some(caller.uid);
+        self.caller_comm = Some(&caller.comm);
+        self
     }
 
-    pub(super) fn because(self, reason: impl Into<Cow<'a, str>>) -> Self {
-        Self { reason: Some(reason.into()), ..self }
+    pub(super) fn because(&mut self, reason: impl Into<Cow<'a, str>>) -> &mut Self {
+        self.reason = Some(reason.into());
+        self
     }
 
-    pub(super) fn allowing(self, scope: &Scope) -> Self {
-        let spans =
-            scope.spans.as_ref().map(|spans| spans.iter().map(ToString::to_string).collect());
-        Self { rights: Some(scope.rights.to_string()), spans, ..self }
+    pub(super) fn allowing(&mut self, scope: &Scope) -> &mut Self {
+        let texts = |spans: &Vec<Span>| spans.iter().map(ToString::to_string).collect();
+        self.spans = scope.spans.as_ref().map(texts);
+        self.rights = Some(scope.rights.to_string());
+        self
     }
 
     /// Writes the record to the service's log.
