@@ -3,7 +3,7 @@
 //! why either fails. Operators, VMMs and processes of the host use it alike.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::map::MapError;
 use crate::message::{Answer, FromBroker, Refusal, Request};
-use crate::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
+use crate::packet::{LossyPacket, PacketBuffer, PacketError, PacketSocket, Wait};
 
 /// How long the broker may take to answer, or to take a packet.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -85,8 +85,9 @@ pub fn connect(path: &Path) -> Result<PacketSocket, ClientError> {
     connect().map_err(|source| ClientError::Connect { path: path.to_owned(), source })
 }
 
-/// Sends a request with `files` beside it and returns its answer with those that came. What the
-/// broker pushes before the answer goes to `push`.
+/// Sends a request with `files` beside it and returns its answer with those that came: `None` where
+/// this process has no descriptors left for them. What the broker pushes before the answer goes to
+/// `push`.
 ///
 /// # Errors
 /// [`ClientError::Packet`], [`ClientError::NoAnswer`], [`ClientError::Refused`],
@@ -97,12 +98,12 @@ pub fn ask(
     request: &Request,
     files: &[BorrowedFd<'_>],
     mut push: impl FnMut(FromBroker),
-) -> Result<(Answer, Vec<OwnedFd>), ClientError> {
+) -> Result<LossyPacket<Answer>, ClientError> {
     // A broker that is full says so, with number 0, and closes, perhaps before this is sent.
     let sent = socket.send(request, files, Wait::Limited);
     let is_mine = |id: u64| id == request.id || id == 0;
     loop {
-        let received = socket.receive(buffer).map_err(|error| match error {
+        let received = socket.receive_lossy(buffer).map_err(|error| match error {
             PacketError::Receive(Errno::AGAIN) => ClientError::Silent,
             error => error.into(),
         });

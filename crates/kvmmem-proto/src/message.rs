@@ -104,7 +104,8 @@ pub enum Call {
     Unreceived {
         /// Number of the target.
         target: u64,
-        /// Which of its introductions did not arrive: a later one is not undone.
+        /// Which of its introductions did not arrive: a later one is not undone. 0 where the files
+        /// go with [`Answer::HostAttached`].
         introduction: u64,
         /// What cannot be used.
         unusable: Unusable,

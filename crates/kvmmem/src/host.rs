@@ -12,7 +12,6 @@
 mod channel;
 mod copier;
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,8 +20,10 @@ use std::time::{Duration, Instant};
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::client;
 pub use kvmmem_proto::client::ClientError;
-use kvmmem_proto::map::{MAX_FILES, MemoryMap, Region};
-use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, ViewCounters};
+use kvmmem_proto::map::{MemoryMap, Region};
+use kvmmem_proto::message::{
+    Answer, Call, Caller, FromBroker, Refusal, Request, Unusable, ViewCounters,
+};
 use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket, Wait};
 use kvmmem_proto::scope::{MAX_SPANS, Rights, Scope, Span};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -108,9 +109,8 @@ impl HostLink {
     /// ```
     ///
     /// # Errors
-    /// [`ClientError`] if the broker cannot be reached or refuses the token, and
-    /// [`ClientError::Local`] if this process has fewer than [`MAX_FILES`] file descriptors left: the
-    /// token is not used then.
+    /// [`ClientError`] if the broker cannot be reached or refuses the token. Where this process has no
+    /// file descriptors left for the target's RAM, the token gets its use back.
     pub fn attach(
         socket: &Path,
         token: &Token,
@@ -143,7 +143,6 @@ impl HostLink {
         reaching: &[Span],
     ) -> Result<(Self, HostView), ClientError> {
         let socket = client::connect(socket)?;
-        check_descriptors(&socket)?;
         // The broker takes only the name from this; it has process and user from the socket.
         let caller = Caller::this_process();
         let reaching = reaching.iter().take(MAX_SPANS).copied().collect();
@@ -169,6 +168,8 @@ impl HostLink {
             return Err(ClientError::NoAnswer);
         };
         let map = MemoryMap::new(regions).map_err(ClientError::Map)?;
+        let undo = || undo_attach(&socket, target, view);
+        let files = files.ok_or(PacketError::NoDescriptors).inspect_err(|_| undo())?;
         let (found, needed) = (files.len(), map.file_count());
         if found < needed && !copied {
             return Err(ClientError::Files { found, needed });
@@ -176,7 +177,8 @@ impl HostLink {
         let (rights, regions) = (scope.rights, scope.regions(&map));
         let ended = Arc::<ViewEnd>::default();
         let copier = if copied {
-            let channels = open_channels(&socket, &mut buffer, view, &mut early)?;
+            let channels = open_channels(&socket, &mut buffer, view, &mut early);
+            let channels = channels.inspect_err(|_| undo())?;
             Some(Copier::new(channels, Arc::clone(&ended)))
         } else {
             None
@@ -301,13 +303,13 @@ impl HostLink {
     }
 }
 
-/// Checks that this process has the file descriptors that a target's RAM may take. Without them an
-/// answer brings no files, and the token is used all the same.
-fn check_descriptors(socket: &PacketSocket) -> Result<(), ClientError> {
-    let spare: io::Result<Vec<OwnedFd>> =
-        (0..MAX_FILES).map(|_| socket.as_fd().try_clone_to_owned()).collect();
-    let what = "reserve file descriptors (raise ulimit -n)";
-    spare.map(drop).map_err(|source| ClientError::Local { what, source })
+/// Has the broker close a view that cannot be used for want of descriptors; its token gets the use
+/// back.
+fn undo_attach(socket: &PacketSocket, target: u64, view: u64) {
+    let unusable = Unusable::View(view);
+    let call = Call::Unreceived { target, introduction: 0, unusable };
+    // A broker that does not take it closes the view with the connection.
+    let _ = socket.send(&Request { id: 0, call }, &[], Wait::Limited);
 }
 
 /// Opens channels for the copies of a view, at least one. `early` gets what the broker pushes
@@ -329,7 +331,8 @@ fn open_channels(
         let id = 2 + channels.len() as u64;
         let request = Request { id, call: Call::OpenCopies { view } };
         match client::ask(socket, buffer, &request, &[file.as_fd()], |push| early.push(push)) {
-            Ok((_, mut files)) => {
+            Ok((_, files)) => {
+                let mut files = files.ok_or(PacketError::NoDescriptors)?;
                 let file = files.pop().ok_or(ClientError::NoAnswer)?;
                 channels.push(Channel::new(file, bytes).map_err(no_channel)?);
             }

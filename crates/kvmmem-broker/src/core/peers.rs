@@ -98,9 +98,10 @@ impl Peer {
         self.known.remove(&target).is_some()
     }
 
-    /// The files of a target did not arrive with this introduction; a later one stays.
+    /// The files of a target did not arrive with this introduction; a later one stays, and a peer
+    /// that needs none still hears of the target.
     pub(super) fn unreceived(&mut self, target: u64, introduction: u64) {
-        if self.known.get(&target) == Some(&introduction) {
+        if introduction > 0 && self.known.get(&target) == Some(&introduction) {
             self.known.remove(&target);
         }
     }

@@ -39,7 +39,7 @@ fn roles(call: &Call) -> &'static [Role] {
         Call::Attach { .. } => &[Administrator, Operator, Viewer, Vmm],
         Call::OpenCopies { .. } => &[Viewer],
         Call::Detached { .. } => &[Viewer, Vmm],
-        Call::Unreceived { .. } => &[Vmm],
+        Call::Unreceived { .. } => &[Viewer, Vmm],
         Call::Counters { .. } => &[Viewer, Vmm],
         Call::RevokedDone { .. } => &[Viewer, Vmm],
         Call::RamChanged { .. } => &[Vmm],

@@ -238,7 +238,7 @@ fn a_tool_that_breaks_the_protocol_ends_alone() {
         fallocate(&file, FallocateFlags::empty(), 0, BUFFER as u64).unwrap();
         fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
         match ask(open(1), &[file.as_fd()]) {
-            Ok((_, mut files)) => channels.push((files.pop().unwrap(), file)),
+            Ok((_, files)) => channels.push((files.unwrap().pop().unwrap(), file)),
             Err(refusal) => break refusal,
         }
         assert!(channels.len() < 100);

@@ -65,7 +65,7 @@ fn calls() -> Vec<(Call, &'static str)> {
         (Call::Pause { target: none() }, "ao--"),
         (Call::Resume { target: none() }, "ao--"),
         (Call::VcpuAnswer { id: 1, answer: VcpuAnswer::Resumed }, "---v"),
-        (Call::Unreceived { target: 0, introduction: 0, unusable: Unusable::View(0) }, "---v"),
+        (Call::Unreceived { target: 0, introduction: 0, unusable: Unusable::View(0) }, "--hv"),
         (Call::Continued { generation: 1 }, "---v"),
     ]
 }
