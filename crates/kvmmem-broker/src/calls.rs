@@ -110,6 +110,12 @@ impl Broker {
                 self.decide(|tables| tables.core.close_view(now, view, peer.number()));
                 Outcome::Done
             }
+            Reply::Undoing { view } => {
+                peer.wait_for_copies();
+                let now = self.now();
+                self.decide(|tables| tables.core.undo_view(now, view, peer.number()));
+                Outcome::Done
+            }
             Reply::Confirming { grant } => {
                 self.confirm(peer, grant);
                 Outcome::Done

@@ -12,7 +12,7 @@ use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
 use kvmmem_kvmi::request as kvmi;
 use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
-use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request};
+use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, Unusable};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
 use common::{TestBroker, Tool, caller, memfd, request, target, uuid, wait_for};
@@ -439,6 +439,22 @@ fn channels_end_with_their_connection() {
     let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
     broker.stop();
     wait_for("the channel to end", || read(&channel, &[(0, 8)]).is_none());
+}
+
+/// As a tool does that has no descriptors for a channel.
+#[test]
+fn a_view_that_is_undone_copies_no_more_and_leaves_its_use_to_another() {
+    let broker = TestBroker::start();
+    let _private = Private::start(&broker, "tiger");
+    let granted = broker.grant(&request(Rights::ReadWrite));
+    let mut hand = Hand::attach(&broker, &granted.token);
+    let view = hand.view;
+    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
+    let call = Call::Unreceived { target: 1, introduction: 0, unusable: Unusable::View(view) };
+    hand.socket.send(&Request { id: 0, call }, &[], Wait::Limited).unwrap();
+    wait_for("the use to be returned", || broker.grants()[0].uses_left == 1);
+    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Ended, 0, 0)));
+    Hand::attach(&broker, &granted.token);
 }
 
 #[test]

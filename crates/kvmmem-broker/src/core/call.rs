@@ -46,6 +46,8 @@ pub(crate) enum Reply {
     Revoking { grant: u64, revocation: Revocation },
     /// Wait for the copies from a view that are under way, and close it.
     Closing { view: u64 },
+    /// The same for a view that the peer cannot use: its token gets the use back.
+    Undoing { view: u64 },
     /// Wait for the peer's copies that are under way, and confirm a revocation.
     Confirming { grant: u64 },
     /// The peer may do this; it needs files, processes or threads.
@@ -104,8 +106,8 @@ impl Core {
                 Reply::Closing { view }
             }
             Call::Unreceived { target, introduction, unusable } => {
-                self.unreceived(now, who, (target, introduction), unusable)?;
-                Reply::Nothing
+                let view = self.unreceived(now, who, (target, introduction), unusable)?;
+                view.map_or(Reply::Nothing, |view| Reply::Undoing { view })
             }
             Call::Counters { view, counters } => {
                 self.count(view, who, counters)?;

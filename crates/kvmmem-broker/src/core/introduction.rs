@@ -55,7 +55,8 @@ impl Core {
     /// Undoes what a peer has opened, or the push of a token to it: the target's files did not arrive
     /// there. The peer's message may be late: what it has opened or learnt since stays, and what has
     /// ended meanwhile is none of its concern. A peer that lies has the files, and gets no more by
-    /// another use.
+    /// another use. Returns the view that is to be undone by [`Self::undo_view`], once no copy from
+    /// it is under way.
     ///
     /// # Errors
     /// Where the peer's VM is no introspector.
@@ -65,20 +66,25 @@ impl Core {
         who: u64,
         (target, introduction): (u64, u64),
         unusable: Unusable,
-    ) -> Result<(), CallError> {
+    ) -> Result<Option<u64>, CallError> {
         let by = self.user(who)?;
         if let Some(peer) = self.peers.get_mut(&who) {
             peer.unreceived(target, introduction);
         }
-        match unusable {
-            Unusable::View(view) => {
-                if let Some(view) = self.undo_view(now, view, who) {
-                    self.closed(vec![view], NO_FILES);
-                }
+        Ok(match unusable {
+            Unusable::View(view) => self.grants.begin_close(view, who).then_some(view),
+            Unusable::Token(grant) => {
+                self.undo_use(now, grant, by);
+                None
             }
-            Unusable::Token(grant) => self.undo_use(now, grant, by),
+        })
+    }
+
+    /// Closes a view that the peer could not use. The view may have ended meanwhile.
+    pub(crate) fn undo_view(&mut self, now: Instant, view: u64, peer: u64) {
+        if let Some(view) = self.remove_unused(now, view, peer) {
+            self.closed(vec![view], NO_FILES);
         }
-        Ok(())
     }
 
     /// Undoes a use of a token for a page: the target could not be sent to the peer.

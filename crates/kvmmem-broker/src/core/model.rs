@@ -260,8 +260,10 @@ impl State {
                 let uses = |core: &Core| is_there.then(|| core.grants.uses_left(grant));
                 let before = uses(&self.core);
                 let call = Call::Unreceived { target, introduction, unusable };
-                let reply = self.core.handle(now, VMM, call, &NONE);
-                assert!(matches!(reply, Ok(Reply::Nothing)), "{reply:?}");
+                match self.core.handle(now, VMM, call, &NONE) {
+                    Ok(Reply::Undoing { view }) => self.core.undo_view(now, view, VMM),
+                    reply => assert!(matches!(reply, Ok(Reply::Nothing)), "{reply:?}"),
+                }
                 assert_eq!(uses(&self.core), before.map(|uses| uses + 1));
             }
             Action::BeginClose { peer, view } => {

@@ -134,14 +134,14 @@ impl Core {
 
     /// Removes a view that its peer was never told of; the token gets its use back.
     pub(crate) fn undo_attach(&mut self, now: Instant, attached: &NewView, peer: u64) {
-        self.undo_view(now, attached.view, peer);
+        self.remove_unused(now, attached.view, peer);
         if let Some(peer) = self.peers.get_mut(&peer).filter(|_| attached.is_first) {
             peer.has_views = false;
         }
     }
 
     /// Removes a view that its peer cannot use; an operator's token gets its use back.
-    pub(super) fn undo_view(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
+    pub(super) fn remove_unused(&mut self, now: Instant, view: u64, peer: u64) -> Option<View> {
         let closed = self.grants.undo_attach(now, view, peer)?;
         self.released(closed.grant, peer);
         Some(closed)
