@@ -107,9 +107,18 @@ impl Arguments {
         if let left @ 1.. = tools.end(END_LIMIT) {
             tracing::warn!(left, "tools' threads do not end; their views have");
         }
+        close_aside(listener);
         served.context("cannot wait for tools")?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Closes sockets on a thread of its own: a packet that was not received may hold a file whose last
+/// close blocks.
+fn close_aside(sockets: impl Send + 'static) {
+    let close = std::thread::Builder::new().name("close".into());
+    // Without a thread they are closed here.
+    let _ = close.spawn(move || drop(sockets));
 }
 
 /// Serves tools until a signal comes.
@@ -144,20 +153,22 @@ struct Tools {
     /// Whether the socket's mode says who may connect; otherwise only root may.
     admits_all: bool,
     attach: Arc<Attach>,
+    /// How long a tool may take to ask for a view.
+    ask_limit: Duration,
     running: Vec<Running>,
 }
 
 /// A tool, until none of its threads is left.
 struct Running {
     place: Arc<Place>,
-    /// Its threads alone drop it, and with its socket the files in packets that were not received:
-    /// that may block.
+    /// The tool's threads own it. The last one closes the socket, and with it the files in packets
+    /// that were not received, which may block.
     connection: Weak<Connection>,
 }
 
 impl Tools {
     fn new(admits_all: bool, attach: Arc<Attach>) -> Self {
-        Self { admits_all, attach, running: Vec::new() }
+        Self { admits_all, attach, ask_limit: tool::ASK_LIMIT, running: Vec::new() }
     }
 
     /// Asks the kernel who has connected.
@@ -172,14 +183,15 @@ impl Tools {
         if let Err((refusal, message)) = self.find_place(credentials) {
             // A tool that does not read it does without.
             let _ = socket.send(&FromBroker::Refused { id: 0, refusal, message }, &[], Wait::No);
+            close_aside(socket);
             return Ok(());
         }
-        let (connection, attach) =
-            (Arc::new(Connection::new(socket, credentials)), Arc::clone(&self.attach));
+        let connection = Arc::new(Connection::new(socket, credentials));
+        let (attach, ask_limit) = (Arc::clone(&self.attach), self.ask_limit);
         let place = Arc::clone(&connection.place);
         self.running.push(Running { place, connection: Arc::downgrade(&connection) });
         std::thread::Builder::new().name("tool".into()).spawn(move || {
-            tool::serve(&connection, &*attach);
+            tool::serve(&connection, &*attach, ask_limit);
             connection.end();
         })?;
         Ok(())
@@ -202,9 +214,11 @@ impl Tools {
     /// long, and returns of how many tools some have not.
     fn end(&mut self, limit: Duration) -> usize {
         let deadline = Instant::now() + limit;
-        for tool in self.running.iter().filter_map(|tool| tool.connection.upgrade()) {
-            tool.end();
-        }
+        let tools: Vec<_> =
+            self.running.iter().filter_map(|tool| tool.connection.upgrade()).collect();
+        tools.iter().for_each(|tool| tool.socket.shut_down());
+        tools.iter().for_each(|tool| tool.end());
+        close_aside(tools);
         loop {
             self.forget_ended();
             if self.running.is_empty() || Instant::now() >= deadline {

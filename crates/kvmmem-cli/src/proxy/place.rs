@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A tool's place among those that may be connected to the proxy.
 //!
-//! Each member of the group can connect; only a token opens a view. So a tool without a view has
-//! few places, and where all places are taken the oldest one that has not asked for a view yet
-//! gives way to a new tool.
+//! Each member of the group can connect; only a token opens a view. So a user has few places for
+//! tools without a view, and where all places are taken the oldest tool that has not asked for a view
+//! is evicted for a new one.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -23,8 +23,8 @@ pub(super) enum Stage {
     Asking,
     /// A token has opened its view.
     Open,
-    /// Another tool gets its place.
-    GivesWay,
+    /// It lost its place to a new tool, and its connection ends.
+    Evicted,
 }
 
 /// A place that is taken.
@@ -39,17 +39,17 @@ impl Place {
         Self { uid, stage: Mutex::new(Stage::Idle) }
     }
 
-    /// Records how far its tool has come; `false` if the tool gives way.
+    /// Records how far its tool has come; `false` if the tool is evicted.
     pub(super) fn enter(&self, stage: Stage) -> bool {
         let mut now = self.lock();
-        if *now != Stage::GivesWay {
+        if *now != Stage::Evicted {
             *now = stage;
         }
         *now == stage
     }
 
-    pub(super) fn gives_way(&self) -> bool {
-        *self.lock() == Stage::GivesWay
+    pub(super) fn is_evicted(&self) -> bool {
+        *self.lock() == Stage::Evicted
     }
 
     fn lock(&self) -> MutexGuard<'_, Stage> {
@@ -74,18 +74,18 @@ pub(super) fn find<'a>(
             "user {uid} has {MAX_WAITING_OF_USER} tools here already that have no view: end some"
         ));
     }
-    if taken.clone().count() < MAX_TOOLS {
+    if taken.clone().filter(|place| !place.is_evicted()).count() < MAX_TOOLS {
         return Ok(());
     }
-    let gives_way = |place: &Place| {
+    let evict = |place: &Place| {
         let mut stage = place.lock();
         let is_idle = *stage == Stage::Idle;
         if is_idle {
-            *stage = Stage::GivesWay;
+            *stage = Stage::Evicted;
         }
         is_idle
     };
-    if taken.any(gives_way) {
+    if taken.any(evict) {
         return Ok(());
     }
     Err(format!("{MAX_TOOLS} tools have views here: end some"))
@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_user_has_few_places_without_a_view_and_more_with_one() {
-        for stage in [Stage::Idle, Stage::Asking, Stage::GivesWay] {
+        for stage in [Stage::Idle, Stage::Asking, Stage::Evicted] {
             let taken = places(1, stage, MAX_WAITING_OF_USER);
             assert!(find_in(&taken, 1).unwrap_err().contains("no view"), "{stage:?}");
             assert_eq!(find_in(&taken, 2), Ok(()));
@@ -118,20 +118,32 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_that_has_not_asked_gives_way() {
+    fn the_oldest_that_has_not_asked_is_evicted() {
         let mut taken: Vec<Place> = (1..=6).flat_map(|uid| places(uid, Stage::Open, 10)).collect();
         taken.extend(places(7, Stage::Asking, 1));
         taken.extend(places(7, Stage::Idle, 3));
-        let given = |taken: &[Place]| -> Vec<bool> {
-            taken.iter().skip(60).map(Place::gives_way).collect()
+        let evicted = |taken: &[Place]| -> Vec<bool> {
+            taken.iter().skip(60).take(4).map(Place::is_evicted).collect()
         };
         assert_eq!(find_in(&taken[..63], 8), Ok(()));
-        assert_eq!(given(&taken), [false; 4]);
+        assert_eq!(evicted(&taken), [false; 4]);
         assert_eq!(find_in(&taken, 8), Ok(()));
-        assert_eq!(given(&taken), [false, true, false, false]);
+        assert_eq!(evicted(&taken), [false, true, false, false]);
+        taken.extend(places(8, Stage::Open, 1));
         assert!(!taken[61].enter(Stage::Asking) && taken[62].enter(Stage::Asking));
         assert_eq!(find_in(&taken, 8), Ok(()));
+        taken.extend(places(8, Stage::Open, 1));
         assert!(find_in(&taken, 8).is_err(), "all others have asked");
-        assert_eq!(given(&taken), [false, true, false, true]);
+        assert_eq!(evicted(&taken), [false, true, false, true]);
+    }
+
+    #[test]
+    fn evicted_tools_that_do_not_end_take_no_place_of_others() {
+        let users = 1..=8;
+        let stuck = |uid| places(uid, Stage::Evicted, MAX_WAITING_OF_USER);
+        let mut taken: Vec<Place> = users.flat_map(stuck).collect();
+        assert_eq!(find_in(&taken, 9), Ok(()));
+        taken.extend((9..=10).flat_map(|uid| places(uid, Stage::Open, MAX_OF_USER)));
+        assert!(find_in(&taken, 11).is_err());
     }
 }

@@ -293,17 +293,48 @@ fn a_file_that_takes_long_to_close_holds_up_neither_the_end_nor_other_tools() {
     let view = proxy.attach(&grant).unwrap();
     view.read_at(0, &mut [0]).unwrap();
     wait_for_views(&proxy, 2);
+    drop(view);
+    wait_for_views(&proxy, 1);
+    let deadline = Instant::now() + PATIENCE;
+    while proxy.tools.running.len() > 1 {
+        assert!(Instant::now() < deadline, "the other tool's threads do not end");
+        std::thread::sleep(END_LOOK);
+        proxy.tools.forget_ended();
+    }
 
-    assert!(proxy.tools.end(Duration::ZERO) > 0, "it was closed at once");
+    assert_eq!(proxy.tools.end(Duration::ZERO), 1, "the file was closed at once");
     wait_for_views(&proxy, 0);
     drop(peer);
     assert_eq!(proxy.tools.end(PATIENCE), 0);
 }
 
 #[test]
+fn a_refused_tool_s_file_that_takes_long_to_close_holds_up_no_other() {
+    let mut proxy = TestProxy::start();
+    let grant = proxy.grant(Rights::ReadOnly);
+    let (file, peer) = lingering();
+    let (socket, theirs) = pair();
+    let open = Request { id: 1, call: Call::OpenCopies { view: 1 } };
+    socket.send(&open, &[file.as_fd()], Wait::Limited).unwrap();
+    drop((file, socket));
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let tools = &mut proxy.tools;
+        // Only root may connect.
+        let stranger = Credentials { pid: std::process::id(), uid: u32::MAX - 1 };
+        scope.spawn(move || done.send(tools.admit_as(theirs, stranger)).unwrap());
+        let refused = is_done.recv_timeout(PATIENCE);
+        drop(peer);
+        refused.expect("it was closed at once").unwrap();
+    });
+    proxy.attach(&grant).unwrap();
+}
+
+#[test]
 fn tools_without_a_token_keep_out_none_that_has_one() {
     let mut proxy = TestProxy::start();
     proxy.tools.admits_all = true;
+    proxy.tools.ask_limit = PATIENCE * 60;
     let token = proxy.grant(Rights::ReadOnly).token;
     let mut connect = |uid| {
         let (socket, theirs) = pair();
@@ -331,7 +362,7 @@ fn tools_without_a_token_keep_out_none_that_has_one() {
     let request = Request { id: 1, call };
     let (answer, _) = client::ask(&socket, &mut buffer, &request, &[], |_| {}).unwrap();
     assert!(matches!(answer, Answer::HostAttached { .. }));
-    // The oldest one has made way.
+    // The oldest one is evicted.
     let told = idle[0].receive::<FromBroker>(&mut buffer).unwrap();
     let Some((FromBroker::Refused { refusal: Refusal::Limit, message, .. }, _)) = told else {
         panic!("{told:?}")

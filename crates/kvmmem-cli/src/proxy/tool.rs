@@ -37,10 +37,10 @@ const SIGN: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// How long a tool may take to ask for a view.
-const ASK_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const ASK_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a tool is told whose place another one gets.
-const GIVES_WAY: &str =
+/// The refusal of an evicted tool.
+const EVICTED: &str =
     "too many tools are connected, and this one had not asked for a view: ask again";
 
 /// Attaches a view for a process.
@@ -49,12 +49,12 @@ pub(super) type Attach = dyn Fn(&Token, Access, Caller) -> Result<View, ViewErro
 /// A refusal and its words.
 type Refused = (Refusal, String);
 
-/// Serves a tool until it closes, its view has ended, or it gives way.
-pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach) {
+/// Serves a tool until it closes, its view has ended, or it is evicted.
+pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach, ask_limit: Duration) {
     let (socket, mut buffer) = (&connection.socket, PacketBuffer::default());
     // `None` until the view is open.
     let mut channels = None;
-    let asked_by = Instant::now() + ASK_LIMIT;
+    let asked_by = Instant::now() + ask_limit;
     loop {
         match is_readable(socket) {
             Ok(false) => {}
@@ -74,9 +74,9 @@ pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach) {
             Err(_) => return,
         }
         let goes_on = match &channels {
-            Some(_) => connection.with_view(|view| push(socket, view)) == Some(true),
-            None if connection.place.gives_way() => {
-                let _ = refuse(socket, 0, (Refusal::Limit, GIVES_WAY.to_owned()));
+            Some(_) => push(connection),
+            None if connection.place.is_evicted() => {
+                let _ = refuse(socket, 0, (Refusal::Limit, EVICTED.to_owned()));
                 false
             }
             None => Instant::now() < asked_by,
@@ -114,7 +114,7 @@ fn answer(
             let place = &connection.place;
             let attach = || {
                 if !place.enter(Stage::Asking) {
-                    return Err((Refusal::Limit, GIVES_WAY.to_owned()));
+                    return Err((Refusal::Limit, EVICTED.to_owned()));
                 }
                 let opened = attach(&token, access, caller).map_err(|error| refusal_of(&error));
                 opened.and_then(|view| Ok((attached(&view)?, view)))
@@ -216,14 +216,26 @@ fn open_channel(
     Ok(theirs)
 }
 
-/// Pushes what has happened to the view; whether it is open.
-fn push(socket: &PacketSocket, view: &View) -> bool {
+/// Pushes what has happened to the view; whether it is open. The view may end while the tool does
+/// not read.
+fn push(connection: &Connection) -> bool {
+    match connection.with_view(change) {
+        Some(None) => true,
+        Some(Some(message)) => {
+            let sent = connection.socket.send(&message, &[], Wait::Limited);
+            sent.is_ok() && matches!(message, FromBroker::Changed { .. })
+        }
+        None => false,
+    }
+}
+
+/// What has happened to a view.
+fn change(view: &View) -> Option<FromBroker> {
     let event = match view.wait(Duration::ZERO) {
-        Ok(None) => return true,
-        Ok(Some(event)) => event,
+        Ok(event) => event?,
         Err(_) => Event::Gone,
     };
-    let message = match event {
+    Some(match event {
         Event::Changed => match view.status() {
             Ok(status) => FromBroker::Changed {
                 target: TARGET,
@@ -234,9 +246,7 @@ fn push(socket: &PacketSocket, view: &View) -> bool {
         },
         Event::Revoked => FromBroker::Revoke { grant: GRANT },
         Event::Gone => FromBroker::Gone { target: TARGET },
-    };
-    let sent = socket.send(&message, &[], Wait::Limited);
-    sent.is_ok() && matches!(message, FromBroker::Changed { .. })
+    })
 }
 
 /// The refusal that an error amounts to, with its causes.
