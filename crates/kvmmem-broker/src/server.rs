@@ -40,6 +40,9 @@ const OTHERS: u32 = 0o077;
 /// kernel backs none by a huge page.
 const STACK: usize = 512 << 10;
 
+/// The stack of a thread that closes a connection.
+const CLOSE_STACK: usize = 64 << 10;
+
 /// How long a packet to a peer that does not read is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 
@@ -203,14 +206,14 @@ impl Server {
         // The socket's mode lets its owner in, and the group where there is one. Without a group
         // this is checked again here, in case the mode was changed.
         if !credentials.is_administrator() && !self.group {
-            self.refuse(&peer, &CallError::new(Refusal::Denied, format!("user {uid} may not")));
+            self.refuse(peer, &CallError::new(Refusal::Denied, format!("user {uid} may not")));
             return Ok(());
         }
         let place = match ConnectionSlot::take(&self.shared, &peer) {
             Ok(place) => place,
             Err(error) => {
                 let message = format!("connections: {error}");
-                self.refuse(&peer, &CallError::new(Refusal::Limit, message));
+                self.refuse(peer, &CallError::new(Refusal::Limit, message));
                 return Ok(());
             }
         };
@@ -220,10 +223,14 @@ impl Server {
         Ok(())
     }
 
-    /// Refuses a connection.
-    fn refuse(&self, peer: &Peer, refused: &CallError) {
-        connection::refuse(peer, 0, refused);
-        let reason = &refused.message;
-        self.shared.service.broker().audit().write(Event::Refused { peer, vm: None, reason });
+    /// Refuses a connection. It is closed on a thread of its own: a packet that was not received may
+    /// hold a file whose last close blocks, such as a TCP socket with `SO_LINGER`.
+    fn refuse(&self, peer: Arc<Peer>, refused: &CallError) {
+        connection::refuse(&peer, 0, refused);
+        let (vm, reason) = (None, refused.message.as_str());
+        self.shared.service.broker().audit().write(Event::Refused { peer: &peer, vm, reason });
+        let close = std::thread::Builder::new().name("close".into()).stack_size(CLOSE_STACK);
+        // Without a thread it is closed here.
+        let _ = close.spawn(move || drop(peer));
     }
 }

@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Users who take all that they can get: neither other users nor root are kept out.
 
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{
     Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, NewGrant, VmIdentity,
 };
+use kvmmem_proto::packet::Wait;
+use rustix::net::sockopt::set_socket_linger;
 use uuid::Uuid;
 
 use super::*;
@@ -89,6 +96,36 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
         assert!(Instant::now() < deadline, "its place is not free");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// A connection that is refused may have sent a file already, and the broker closes that last.
+#[test]
+fn a_file_that_takes_long_to_close_keeps_nobody_out() {
+    let running = Running::new(Limits { connections: FEW, ..Limits::default() });
+    let taken: Vec<_> = (0..5).map(|_| running.connect(USER)).collect();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    set_socket_linger(&file, Some(Duration::from_secs(3600))).unwrap();
+    file.set_nonblocking(true).unwrap();
+    while (&file).write(&[0; 1 << 16]).is_ok() {}
+    PacketSocket::accepted(ours.into(), Duration::from_secs(60))
+        .unwrap()
+        .send(&"a file", &[file.as_fd()], Wait::Limited)
+        .unwrap();
+    drop(file);
+    let (done, is_done) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let by = Credentials { pid: std::process::id(), uid: USER };
+            done.send(running.server.admit_as(theirs.into(), by)).unwrap();
+        });
+        let refused = is_done.recv_timeout(Duration::from_secs(60));
+        drop(peer);
+        refused.expect("it was closed at once").unwrap();
+    });
+    drop(taken);
 }
 
 #[test]
