@@ -16,6 +16,7 @@ use mint::random_token;
 
 use crate::audit::Event;
 use crate::broker::Broker;
+use crate::core::Core;
 use crate::core::call::{Means, Reply};
 use crate::core::call_error::CallError;
 use crate::core::revocation::Revocation;
@@ -104,20 +105,15 @@ impl Broker {
                 Answer::Revoked(self.await_revocation(grant, &revocation, by)).into()
             }
             Reply::Closing { view } => {
-                // Those that were looked up while the view was open.
-                peer.wait_for_copies();
-                let now = self.now();
-                self.decide(|tables| tables.core.close_view(now, view, peer.number()));
+                self.after_copies(peer, |core, now, who| core.close_view(now, view, who));
                 Outcome::Done
             }
             Reply::Undoing { view } => {
-                peer.wait_for_copies();
-                let now = self.now();
-                self.decide(|tables| tables.core.undo_view(now, view, peer.number()));
+                self.after_copies(peer, |core, now, who| core.undo_view(now, view, who));
                 Outcome::Done
             }
             Reply::Confirming { grant } => {
-                self.confirm(peer, grant);
+                self.after_copies(peer, |core, now, who| core.confirm(now, grant, who));
                 Outcome::Done
             }
         })
@@ -248,12 +244,12 @@ impl Broker {
         });
     }
 
-    fn confirm(&self, peer: &Peer, grant: u64) {
-        // Those that were looked up before the grant was revoked; the peer's channels are no part
-        // of what it confirms.
+    /// Decides that a peer has released something, once no copy from it is under way that was
+    /// allowed before: a peer's word says nothing of its channels.
+    fn after_copies(&self, peer: &Peer, release: impl FnOnce(&mut Core, Instant, u64)) {
         peer.wait_for_copies();
         let now = self.now();
-        self.decide(|tables| tables.core.confirm(now, grant, peer.number()));
+        self.decide(|tables| release(&mut tables.core, now, peer.number()));
     }
 
     /// Revokes a grant; nothing, where it has ended.
@@ -301,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_revocation_is_confirmed_after_the_copies_that_were_allowed_before() {
+    fn what_a_peer_releases_is_released_after_the_copies_that_were_allowed_before() {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = PacketSocket::accepted(socket.into(), Duration::from_secs(1)).unwrap();
         let peer = Arc::new(Peer::new(socket, Credentials { pid: 1, uid: 0 }));
@@ -310,7 +306,7 @@ mod tests {
         let (done, is_done) = mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                broker.confirm(&peer, 1);
+                broker.after_copies(&peer, |core, now, who| core.confirm(now, 1, who));
                 done.send(()).unwrap();
             });
             let early = is_done.recv_timeout(Duration::from_millis(50));

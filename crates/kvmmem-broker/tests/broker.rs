@@ -152,6 +152,7 @@ fn a_vmm_is_told_the_name_and_the_uuid_of_a_target_alone() {
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&request(Rights::ReadOnly));
     let lion = PacketSocket::connect(&broker.path, PATIENCE).unwrap();
+    lion.limit_receive(Some(PATIENCE)).unwrap();
     let mut buffer = PacketBuffer::default();
     let register = Call::Register(introspector("lion", 7));
     for (id, call) in [(1, register), (2, Call::Redeem { token: granted.token })] {

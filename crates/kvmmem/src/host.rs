@@ -110,7 +110,8 @@ impl HostLink {
     ///
     /// # Errors
     /// [`ClientError`] if the broker cannot be reached or refuses the token. Where this process has no
-    /// file descriptors left for the target's RAM, the token gets its use back.
+    /// file descriptors left for the target's RAM, the broker returns the token its use; `kvmmem proxy`
+    /// cannot.
     pub fn attach(
         socket: &Path,
         token: &Token,
@@ -320,30 +321,40 @@ fn open_channels(
     view: u64,
     early: &mut Vec<FromBroker>,
 ) -> Result<Vec<Channel>, ClientError> {
-    let no_channel = |error: Errno| ClientError::Local {
-        what: "make a channel for copies",
-        source: error.into(),
-    };
     let mut channels = Vec::new();
     while channels.len() < CHANNELS {
-        let (bytes, file) = Channel::buffer().map_err(no_channel)?;
         // The attach was request 1.
         let id = 2 + channels.len() as u64;
         let request = Request { id, call: Call::OpenCopies { view } };
-        match client::ask(socket, buffer, &request, &[file.as_fd()], |push| early.push(push)) {
-            Ok((_, files)) => {
-                let mut files = files.ok_or(PacketError::NoDescriptors)?;
-                let file = files.pop().ok_or(ClientError::NoAnswer)?;
-                channels.push(Channel::new(file, bytes).map_err(no_channel)?);
-            }
+        match open_channel(socket, buffer, &request, early) {
+            Ok(channel) => channels.push(channel),
             // One is enough.
-            Err(ClientError::Refused { refusal: Refusal::Limit, .. }) if !channels.is_empty() => {
-                break;
-            }
+            Err(
+                ClientError::Refused { refusal: Refusal::Limit, .. }
+                | ClientError::Packet(PacketError::NoDescriptors)
+                | ClientError::Local { .. },
+            ) if !channels.is_empty() => break,
             Err(error) => return Err(error),
         }
     }
     Ok(channels)
+}
+
+fn open_channel(
+    socket: &PacketSocket,
+    buffer: &mut PacketBuffer,
+    request: &Request,
+    early: &mut Vec<FromBroker>,
+) -> Result<Channel, ClientError> {
+    let no_channel = |error: Errno| ClientError::Local {
+        what: "make a channel for copies",
+        source: error.into(),
+    };
+    let (bytes, file) = Channel::buffer().map_err(no_channel)?;
+    let push = |push| early.push(push);
+    let (_, files) = client::ask(socket, buffer, request, &[file.as_fd()], push)?;
+    let file = files.ok_or(PacketError::NoDescriptors)?.pop().ok_or(ClientError::NoAnswer)?;
+    Channel::new(file, bytes).map_err(no_channel)
 }
 
 impl AsFd for HostLink {

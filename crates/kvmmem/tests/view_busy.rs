@@ -25,6 +25,7 @@ fn serve(listener: impl AsFd) {
     poll(&mut [PollFd::new(&listener, PollFlags::IN)], None).unwrap();
     let tool = accept_with(&listener, SocketFlags::CLOEXEC).unwrap();
     let tool = PacketSocket::accepted(tool, PATIENCE).unwrap();
+    tool.limit_receive(Some(PATIENCE)).unwrap();
     let (mut buffer, mut channels) = (PacketBuffer::default(), Vec::new());
     while channels.len() < 2 {
         let (Request { id, call }, _) = tool.receive(&mut buffer).unwrap().unwrap();

@@ -11,8 +11,8 @@ use super::grants::{Access, Grants, User};
 use super::machine::Core;
 use super::peers::NotIntroduced;
 
-/// Why a view is closed whose target's files have not arrived.
-const NO_FILES: &str = "its VMM has no file descriptors left";
+/// Why a view is closed that its peer has no files for.
+const UNUSABLE: &str = "unusable";
 
 /// Why nothing was given out that goes with a target's files.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Core {
     /// Closes a view that the peer could not use. The view may have ended meanwhile.
     pub(crate) fn undo_view(&mut self, now: Instant, view: u64, peer: u64) {
         if let Some(view) = self.remove_unused(now, view, peer) {
-            self.closed(vec![view], NO_FILES);
+            self.closed(vec![view], UNUSABLE);
         }
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the broker has pushed to a VMM: targets, and tokens for them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,15 @@ use subtle::ConstantTimeEq;
 
 use super::target::{PageGrant, Target};
 
+/// The most targets whose files did not arrive: more than a broker has.
+const MAX_LOST: usize = 4096;
+
 #[derive(Debug, Default)]
 pub(super) struct Cache {
     targets: HashMap<u64, Arc<Target>>,
     grants: Vec<Grant>,
     /// Targets whose files did not arrive, with the numbers of those introductions.
-    lost: HashMap<u64, u64>,
+    lost: BTreeMap<u64, u64>,
 }
 
 #[derive(Debug)]
@@ -36,9 +39,13 @@ impl Cache {
         self.targets.insert(target.id, Arc::new(target));
     }
 
-    /// Records that the files of a target did not arrive with this introduction.
+    /// Records that the files of a target did not arrive with this introduction. The broker does not
+    /// report the end of a target that it has to introduce again: the oldest ones are forgotten.
     pub(super) fn lose_target(&mut self, id: u64, introduction: u64) {
         self.lost.insert(id, introduction);
+        if self.lost.len() > MAX_LOST {
+            self.lost.pop_first();
+        }
     }
 
     /// A target by its number.
