@@ -183,9 +183,8 @@ impl WindowPages {
     /// UNMAP of a page that any file of the process, whose memory is `mm`, has mapped: `ENOENT`
     /// where there is none.
     ///
-    /// What another thread maps there after the look is lost. Under the lock under which `vm_mmap`
-    /// replaces an area it calls a file's `get_unmapped_area` alone, and the area that comes here
-    /// has to be anonymous, as MAP takes no other.
+    /// If another thread maps something at `gva` between the check and the replacement, that mapping
+    /// is lost: `vm_mmap` offers no check under its lock for an anonymous area, which MAP requires.
     pub(crate) fn unmap(&self, mm: &MmWithUser, gva: usize) -> Result {
         let mut files = self.files.lock();
         if !is_mapped(mm, gva) {
@@ -204,8 +203,8 @@ impl WindowPages {
 
 impl Drop for WindowPages {
     /// Undoes all mappings, as the file is closed. By its opener: with zero pages in their places.
-    /// By another process: accesses raise SIGBUS from here on. What another thread maps there
-    /// meanwhile may be lost, as by [`Self::unmap`].
+    /// By another process: accesses raise SIGBUS from here on. Another thread's mapping may be lost,
+    /// as in [`Self::unmap`].
     fn drop(&mut self) {
         let task = current!();
         let is_opener = |mm: &&MmWithUser| core::ptr::eq(mm.as_raw(), self.mm.as_raw());

@@ -53,10 +53,9 @@ impl Core {
     }
 
     /// Undoes what a peer has opened, or the push of a token to it: the target's files did not arrive
-    /// there. The peer's message may be late: what it has opened or learnt since stays, and what has
-    /// ended meanwhile is none of its concern. A peer that lies has the files, and gets no more by
-    /// another use. Returns the view that is to be undone by [`Self::undo_view`], once no copy from
-    /// it is under way.
+    /// there. The message may be late: views and introductions since then stay. A peer that lies has
+    /// the files, and gets no more by another use. Returns a view that the caller undoes by
+    /// [`Self::undo_view`] once no copy from it is under way.
     ///
     /// # Errors
     /// Where the peer's VM is no introspector.

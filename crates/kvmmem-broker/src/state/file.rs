@@ -59,7 +59,7 @@ struct Content<V> {
 /// Why what is there is not read.
 #[derive(Debug, thiserror::Error)]
 enum ReadError {
-    #[error("the system does not read it")]
+    #[error("it cannot be read")]
     Io(#[from] io::Error),
     #[error("it has more than {MAX_SIZE:#x} bytes")]
     TooLong,
@@ -69,7 +69,7 @@ enum ReadError {
     Version(u32),
 }
 
-/// Why the system does not read a file that it may read later: the file is left where it is.
+/// A file that cannot be read now and may be readable later. It stays where it is.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot read {path}; start the broker once it can be read, or move it away and add the VMs again"
@@ -84,7 +84,7 @@ impl StateFile {
     /// is renamed, so that nothing is lost; the log tells, and it says nothing.
     ///
     /// # Errors
-    /// Where the folder cannot be made or written to, the system does not read the file, or there are
+    /// Where the folder cannot be made or written to, the file cannot be read, or there are
     /// [`MAX_UNREAD`] of those.
     pub(super) fn open(directory: &Path) -> io::Result<(Self, Vec<Entry>)> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;

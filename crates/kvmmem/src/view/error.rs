@@ -75,7 +75,7 @@ impl fmt::Display for ViewOperation {
 pub enum ViewError {
     /// This is neither a virtual machine with the driver nor a host with the broker.
     #[error(
-        "there is neither {} (in a virtual machine: modprobe kvmmem) nor {} (on a host: is kvmmemd running? In an introspector, for a user that is not root: is kvmmem proxy?)",
+        "there is neither {} (in a virtual machine: modprobe kvmmem) nor {} (on a host: is kvmmemd running? in an introspector, as another user than root: is kvmmem proxy running?)",
         device.display(), socket.display()
     )]
     Nowhere {

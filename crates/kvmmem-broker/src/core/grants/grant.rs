@@ -126,8 +126,8 @@ impl Grant {
         !self.views.is_empty() || self.may_be_returned()
     }
 
-    /// Whether a use may come back, for want of the target's files. KVMI's tokens live for seconds,
-    /// and a tool asks for another one.
+    /// Whether a peer may still report that it cannot use what it has opened, so that a use comes back.
+    /// KVMI's tokens live for seconds, and a tool asks for another one.
     pub(super) fn may_be_returned(&self) -> bool {
         self.terms.origin == Origin::Operator && !(self.views.is_empty() && self.users.is_empty())
     }

@@ -69,8 +69,8 @@ impl Grants {
     }
 
     /// Undoes a use of a token that a connection has taken for a page, or the push of the token to
-    /// it: the target's files did not arrive. It is to ask for a token that was pushed. Returns
-    /// whether it had either.
+    /// it: the target's files did not arrive. The connection has to redeem a token that was pushed.
+    /// Returns whether it had either.
     pub(crate) fn undo_redeem(&mut self, now: Instant, id: u64, by: User) -> bool {
         let Some(grant) = self.grants.get_mut(&id) else { return false };
         if let Some(uses) = grant.users.get_mut(&by.peer) {
