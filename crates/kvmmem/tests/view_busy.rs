@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A view of which a proxy says that it is being changed at that moment.
+//! A proxy answers copies with [`Status::Busy`] while its view is being changed.
 
 use std::os::fd::AsFd;
 use std::time::Duration;

@@ -44,7 +44,7 @@ impl Connection {
         }
     }
 
-    /// Uses the view; `None` if there is none, or not any more.
+    /// Uses the view; `None` before the view is open and after its end.
     pub(super) fn with_view<T>(&self, act: impl FnOnce(&View) -> T) -> Option<T> {
         match &*self.view.read().unwrap_or_else(PoisonError::into_inner) {
             Slot::Open(view) => Some(act(view)),

@@ -60,7 +60,7 @@ impl Place {
 /// Looks for a place for one more tool of a user beside those that are `taken`, oldest first.
 ///
 /// # Errors
-/// Why there is none, and what to do.
+/// A message for the tool: which limit is reached, and what to do.
 pub(super) fn find<'a>(
     mut taken: impl Iterator<Item = &'a Place> + Clone,
     uid: u32,

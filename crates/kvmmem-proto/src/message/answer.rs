@@ -37,8 +37,8 @@ pub enum FromBroker {
     Target {
         /// The number by which the broker names it on this connection.
         id: u64,
-        /// Number of this introduction, of which the connection may get several for one target; 0 from
-        /// a broker that does not count them.
+        /// Number of this introduction. A target whose files were lost is introduced again with a
+        /// higher number. 0 from a broker that does not count them.
         #[serde(default)]
         introduction: u64,
         /// Its name.
