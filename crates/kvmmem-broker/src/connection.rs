@@ -27,10 +27,14 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// know the VM.
 const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
-/// A connection and the VM that it has registered.
-struct Connection<'a> {
-    service: &'a Arc<Service>,
-    peer: &'a Arc<Peer>,
+/// How long a thread waits for the next request of a peer that may be silent for months.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// A connection and the VM that it has registered. It has a thread while it is served, and waits
+/// without one while it is idle.
+pub(crate) struct Connection {
+    service: Arc<Service>,
+    peer: Arc<Peer>,
     vm: Option<Arc<Vm>>,
     /// Whether the call before this one registered the VM: only then may its generation be
     /// continued.
@@ -41,38 +45,68 @@ struct Connection<'a> {
     silence: Option<Duration>,
 }
 
-/// Serves a peer until it closes, is silent too long, does not read its answers or sends what is no
-/// request.
-pub(crate) fn serve(service: &Arc<Service>, peer: &Arc<Peer>) {
-    let broker = service.broker();
-    broker.join(peer);
-    let silence = Some(broker.limits().silence);
-    let mut connection =
-        Connection { service, peer, vm: None, has_just_registered: false, pause: None, silence };
-    if let Err(error) = connection.run() {
-        if matches!(
-            error,
-            PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_)
-        ) {
-            refuse(peer, 0, &CallError::from_error(Refusal::Malformed, &error));
-        } else if matches!(error, PacketError::NoDescriptors) {
-            refuse(peer, 0, &CallError::from_error(Refusal::Limit, &error));
-        }
-        // Without its sources, which may repeat parts of the packet.
-        let (vm, reason) = (connection.vm.as_deref(), &error.to_string());
-        broker.audit().write(Event::Refused { peer, vm, reason });
-    }
-    peer.vcpu_questions().close();
-    service.resume_left(peer.credentials(), connection.pause.take());
-    broker.leave(peer, connection.vm.as_deref());
-    // Other threads may still have the peer for a moment; the connection ends now.
-    peer.shut_down();
+/// Why a connection is not served for now.
+enum Left {
+    /// The peer has closed.
+    Closed,
+    /// The peer has nothing to ask.
+    Idle,
 }
 
-impl Connection<'_> {
-    fn run(&mut self) -> Result<(), PacketError> {
-        // Descriptors that come with a call that takes none are closed by going out of scope.
-        while let Some((request, files)) = self.receive()? {
+impl Connection {
+    /// The connection of a peer that has asked for nothing yet.
+    pub(crate) fn new(service: &Arc<Service>, peer: &Arc<Peer>) -> Self {
+        let (service, peer) = (Arc::clone(service), Arc::clone(peer));
+        let broker = service.broker();
+        broker.join(&peer);
+        let silence = Some(broker.limits().silence);
+        Self { service, peer, vm: None, has_just_registered: false, pause: None, silence }
+    }
+
+    /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is
+    /// no request.
+    ///
+    /// Returns the connection of a peer that is idle and may be: it is to be served again once the
+    /// peer has sent something.
+    pub(crate) fn serve(mut self) -> Option<Self> {
+        match self.run() {
+            Ok(Left::Idle) => return Some(self),
+            Ok(Left::Closed) => {}
+            Err(error) => self.report(&error),
+        }
+        let Self { service, peer, vm, pause, .. } = self;
+        peer.vcpu_questions().close();
+        service.resume_left(peer.credentials(), pause);
+        service.broker().leave(&peer, vm.as_deref());
+        // Other threads may still have the peer for a moment; the connection ends now.
+        peer.shut_down();
+        None
+    }
+
+    /// Says why the broker ends a connection.
+    fn report(&self, error: &PacketError) {
+        let refusal = match error {
+            PacketError::TooLong | PacketError::TooManyFds | PacketError::Malformed(_) => {
+                Some(Refusal::Malformed)
+            }
+            PacketError::NoDescriptors => Some(Refusal::Limit),
+            _ => None,
+        };
+        if let Some(refusal) = refusal {
+            refuse(&self.peer, 0, &CallError::from_error(refusal, error));
+        }
+        // Without its sources, which may repeat parts of the packet.
+        let (peer, vm, reason) = (&self.peer, self.vm.as_deref(), &error.to_string());
+        self.service.broker().audit().write(Event::Refused { peer, vm, reason });
+    }
+
+    fn run(&mut self) -> Result<Left, PacketError> {
+        loop {
+            if !self.wait()? {
+                return Ok(Left::Idle);
+            }
+            // Descriptors that come with a call that takes none are closed by going out of scope.
+            let Some((request, files)) = self.receive()? else { return Ok(Left::Closed) };
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
             match self.carry_out(call, files) {
@@ -87,9 +121,9 @@ impl Connection<'_> {
                 }
                 Err(refused) => {
                     if is_answered {
-                        refuse(self.peer, id, &refused);
+                        refuse(&self.peer, id, &refused);
                     }
-                    let (peer, vm, reason) = (self.peer, self.vm.as_deref(), &refused.message);
+                    let (peer, vm, reason) = (&self.peer, self.vm.as_deref(), &refused.message);
                     self.service.broker().audit().write(Event::Refused { peer, vm, reason });
                     if refused.refusal == Refusal::Unknown || !is_answered {
                         std::thread::sleep(PAUSE);
@@ -97,27 +131,35 @@ impl Connection<'_> {
                 }
             }
         }
-        Ok(())
     }
 
-    /// Waits for the next request; `None` when the peer has closed.
-    fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, PacketError> {
-        let Some(socket) = self.peer.socket() else { return Ok(None) };
-        let limit = self.silence.and_then(|limit| Timespec::try_from(limit).ok());
+    /// Waits for the next request, or for the end; false where the peer is idle and may be.
+    ///
+    /// # Errors
+    /// Where it is silent too long.
+    fn wait(&self) -> Result<bool, PacketError> {
+        let Some(socket) = self.peer.socket() else { return Ok(true) };
+        let limit = Timespec::try_from(self.silence.unwrap_or(IDLE)).ok();
         loop {
             match rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], limit.as_ref()) {
+                Ok(0) if self.silence.is_none() => return Ok(false),
                 Ok(0) => return Err(PacketError::Receive(Errno::AGAIN)),
-                Ok(_) => break,
+                Ok(_) => return Ok(true),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(PacketError::Receive(error)),
             }
         }
+    }
+
+    /// The next request; `None` when the peer has closed.
+    fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, PacketError> {
+        let Some(socket) = self.peer.socket() else { return Ok(None) };
         self.service.broker().buffers().lend(|buffer| socket.receive(buffer))
     }
 
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, CallError> {
         let has_just_registered = std::mem::take(&mut self.has_just_registered);
-        let (service, peer, vm) = (self.service, self.peer, self.vm.as_deref());
+        let (service, peer, vm) = (&self.service, &self.peer, self.vm.as_deref());
         let broker = service.broker();
         let call = match broker.handle(peer, vm, call)? {
             Outcome::Allowed(call) => call,
@@ -188,7 +230,7 @@ impl Connection<'_> {
     ) -> Result<Answer, CallError> {
         let Registration { identity, vcpu_questions, regions } = registration;
         let mut ram = Ram::registered(&identity, regions, files)?;
-        let (peer, by) = (Arc::clone(self.peer), self.peer.credentials());
+        let (peer, by) = (Arc::clone(&self.peer), self.peer.credentials());
         peer.vcpu_questions().set_answering(vcpu_questions);
         let vm = self.service.broker().register(identity, &mut ram, peer, by)?;
         self.service.broker().audit().write(Event::Registered(&vm));

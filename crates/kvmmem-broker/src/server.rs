@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The broker's socket: accepts peers, and starts a thread for each.
+//! The broker's socket: accepts peers.
 
 mod activation;
 mod connections;
 mod error;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 use std::fs::File;
 use std::io;
@@ -35,10 +36,6 @@ use crate::service::Service;
 
 /// Permission bits of everybody but the owner.
 const OTHERS: u32 = 0o077;
-
-/// A connection's stack: enough for the deepest packet that the parser takes, and so small that the
-/// kernel backs none by a huge page.
-const STACK: usize = 512 << 10;
 
 /// The stack of a thread that closes a connection.
 const CLOSE_STACK: usize = 64 << 10;
@@ -209,18 +206,15 @@ impl Server {
             self.refuse(peer, &CallError::new(Refusal::Denied, format!("user {uid} may not")));
             return Ok(());
         }
-        let place = match ConnectionSlot::take(&self.shared, &peer) {
-            Ok(place) => place,
+        let slot = match ConnectionSlot::take(&self.shared, &peer) {
+            Ok(slot) => slot,
             Err(error) => {
                 let message = format!("connections: {error}");
                 self.refuse(peer, &CallError::new(Refusal::Limit, message));
                 return Ok(());
             }
         };
-        std::thread::Builder::new().name("peer".into()).stack_size(STACK).spawn(move || {
-            connection::serve(&place.shared.service, &place.peer);
-        })?;
-        Ok(())
+        thread::start(slot)
     }
 
     /// Refuses a connection. It is closed on a thread of its own: a packet that was not received may

@@ -11,10 +11,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use common::{TestBroker, Tool, ToolSession, wait_for};
+use common::{TestBroker, Tool, ToolSession, request, wait_for};
 use fake::{Fake, HONEST};
-use kvmmem_client::admin::Which;
+use kvmmem::{Access, View};
+use kvmmem_client::admin::{GrantRequest, Rights, Which};
 use kvmmem_client::vmm::VmmLink;
 use kvmmem_kvmi::request::Request;
 use kvmmem_proto::endpoint::Endpoint;
@@ -25,7 +27,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Waits until no other broker has threads, and has them to itself.
 fn alone() -> MutexGuard<'static, ()> {
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    wait_for("all threads to end", || threads("session") + threads("reactor") == 0);
+    wait_for("all threads to end", || ["session", "reactor", "peer"].map(threads) == [0; 3]);
     guard
 }
 
@@ -81,6 +83,45 @@ fn targets_with_qmp_have_no_thread() {
     fakes.iter_mut().for_each(Fake::end);
     wait_for("the targets to go", || admin.targets().unwrap().is_empty());
     wait_for("idle threads to end", || count() <= 4);
+}
+
+#[test]
+fn connections_that_are_idle_have_no_thread() {
+    const TARGETS: usize = 50;
+    let _alone = alone();
+    let broker = TestBroker::start();
+    let mut targets: Vec<_> =
+        (0..TARGETS).map(|n| (n, broker.target(&format!("vm-{n}")))).collect();
+    let (viewer, views) = broker.viewer("lion", 7, Duration::ZERO);
+    let idle = || wait_for("idle connections to have no thread", || threads("peer") == 0);
+    idle();
+    let grant = |n: usize| {
+        let request = request(Rights::ReadOnly);
+        broker.grant(&GrantRequest { target: format!("vm-{n}"), uses: 2, ..request })
+    };
+    // What an idle VMM and an idle process ask and confirm arrives.
+    for n in [0, 1] {
+        let granted = grant(n);
+        views.open(&viewer, &granted.token).unwrap();
+        let _view = View::attach_host(&broker.path, &granted.token, Access::Granted).unwrap();
+        idle();
+        let revoked = broker.admin().revoke(granted.grant).unwrap();
+        assert_eq!((revoked.views, revoked.unconfirmed), (2, 0));
+    }
+    // So do their ends.
+    let granted = grant(TARGETS - 1);
+    views.open(&viewer, &granted.token).unwrap();
+    idle();
+    targets.retain(|(n, _)| n % 2 == 0);
+    wait_for("half of the targets to go", || {
+        broker.admin().targets().unwrap().len() == TARGETS / 2 + 1
+    });
+    wait_for("the view to go", || views.count() == 0);
+    idle();
+    drop(broker);
+    wait_for("all threads to end", || threads("peer") + threads("reactor") == 0);
+    // Their sockets are closed as well.
+    wait_for("the VMMs to hear of it", || views.log().contains(&"lost".to_owned()));
 }
 
 /// Targets with a tool hooked to each, which is connected.

@@ -7,6 +7,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -72,7 +73,7 @@ pub enum Wait {
 /// interleaved.
 #[derive(Debug)]
 pub struct PacketSocket {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
 }
 
 /// Where packets are received into; wiped after each.
@@ -107,7 +108,7 @@ impl PacketSocket {
             )?;
             set_socket_timeout(&fd, Timeout::Send, Some(limit))?;
             rustix::net::connect(&fd, &address)?;
-            Ok(Self { fd })
+            Ok(Self { fd: Arc::new(fd) })
         };
         socket().map_err(PacketError::Connect)
     }
@@ -118,7 +119,7 @@ impl PacketSocket {
     /// [`PacketError::Connect`].
     pub fn accepted(fd: OwnedFd, limit: Duration) -> Result<Self, PacketError> {
         set_socket_timeout(&fd, Timeout::Send, Some(limit)).map_err(PacketError::Connect)?;
-        Ok(Self { fd })
+        Ok(Self { fd: Arc::new(fd) })
     }
 
     /// Limits how long [`Self::receive`] waits; `None` for ever.
@@ -228,6 +229,11 @@ impl PacketSocket {
             return Err(PacketError::TooManyFds);
         }
         Ok(Some((parsed.map_err(PacketError::Malformed)?, (!is_lost).then_some(fds))))
+    }
+
+    /// The file descriptor, for a thread that waits for many of them.
+    pub fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.fd
     }
 
     /// Ends the connection: wakes the threads that receive on it, here and at the peer.

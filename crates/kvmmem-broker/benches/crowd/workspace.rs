@@ -78,6 +78,29 @@ impl Workspace {
         Ok(())
     }
 
+    /// Waits until no connection has a thread.
+    pub(crate) fn wait_until_idle(&self) -> Result<()> {
+        let began = Instant::now();
+        while self.has_peer_thread()? {
+            if began.elapsed() > LIMIT {
+                return Err("idle connections keep their threads".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn has_peer_thread(&self) -> Result<bool> {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            // A thread that has ended meanwhile has no name.
+            let name = std::fs::read_to_string(task?.path().join("comm")).unwrap_or_default();
+            if name.trim_end() == "peer" {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Makes so many grants, for one target after the other.
     pub(crate) fn grant(&mut self, count: usize) -> Result<()> {
         let mut admin = Admin::connect(&self.socket)?;
