@@ -3,70 +3,24 @@
 
 mod common;
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, Span};
-use kvmmem_client::vmm::{RedeemError, Region, Registration, Rights, Token};
+use kvmmem_client::vmm::{RedeemError, Region, Rights, Token};
 use kvmmem_kvmi::request as kvmi;
-use kvmmem_proto::copy::{BUFFER, CopyAnswer, CopyRequest, Piece, Status};
-use kvmmem_proto::message::{Answer, Call, Caller, FromBroker, Refusal, Request, Unusable};
-use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
+use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, Tool, caller, memfd, request, target, uuid, wait_for};
+use common::private::{HIGH, Private, pattern};
+use common::{TestBroker, Tool, caller, request, uuid};
 use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
-use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags, fallocate};
-use rustix::io::{pread, pwrite};
 
 const SOON: Duration = Duration::from_secs(30);
 
 /// More bytes than the channels of a view hold.
 const MANY: usize = 1 << 20;
-
-/// Where the second region begins.
-const HIGH: u64 = 1 << 32;
-
-/// The RAM of a VM in the memory of this process: 3 MiB from 0, 64 KiB from 4 GiB.
-struct Private {
-    memory: Vec<u8>,
-    vm: u64,
-}
-
-impl Private {
-    const LOW_LEN: u64 = 3 << 20;
-    const HIGH_LEN: u64 = 64 << 10;
-
-    fn start(broker: &TestBroker, name: &str) -> Self {
-        let len = usize::try_from(Self::LOW_LEN + Self::HIGH_LEN).unwrap() + 0x1000;
-        let mut memory = vec![0; len];
-        let hva = (memory.as_ptr().addr() as u64).next_multiple_of(0x1000);
-        let start = usize::try_from(hva).unwrap() - memory.as_ptr().addr();
-        for (at, byte) in memory[start..].iter_mut().enumerate() {
-            *byte = pattern(at as u64);
-        }
-        let region = |gpa, len, offset| Region { gpa, len, offset, file: 0 };
-        let regions =
-            vec![region(0, Self::LOW_LEN, hva), region(HIGH, Self::HIGH_LEN, hva + Self::LOW_LEN)];
-        let own = rustix::fs::open("/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .unwrap();
-        let vm = Self::register(broker, name, own, regions);
-        Self { memory, vm }
-    }
-
-    /// Registers a VM with private RAM; returns its number.
-    fn register(broker: &TestBroker, name: &str, memory: OwnedFd, regions: Vec<Region>) -> u64 {
-        let registration = Registration { regions, ..target(name) };
-        broker.state.register_private(registration, memory, std::process::id()).unwrap()
-    }
-}
-
-/// What is at an offset of the memory at first.
-fn pattern(at: u64) -> u8 {
-    (at % 251) as u8
-}
 
 fn attach(broker: &TestBroker, token: &Token, read_only: bool) -> (HostLink, HostView, Copier) {
     let (link, mut view) = HostLink::attach(&broker.path, token, read_only).unwrap();
@@ -255,243 +209,6 @@ fn a_vmm_is_refused_and_the_token_keeps_its_uses() {
     }
     let (_link, view, _) = attach(&broker, &granted.token, true);
     assert_eq!(view.rights, Rights::ReadOnly);
-}
-
-/// A connection with a view that copies, by hand.
-struct Hand {
-    socket: PacketSocket,
-    buffer: PacketBuffer,
-    view: u64,
-}
-
-impl Hand {
-    fn attach(broker: &TestBroker, token: &Token) -> Self {
-        let socket = PacketSocket::connect(&broker.path, SOON).unwrap();
-        socket.limit_receive(Some(SOON)).unwrap();
-        let mut hand = Self { socket, buffer: PacketBuffer::default(), view: 0 };
-        let nobody = Caller { pid: 0, uid: 0, comm: String::new() };
-        let call = Call::Attach {
-            token: token.clone(),
-            caller: nobody,
-            read_only: false,
-            reaching: vec![],
-        };
-        match hand.ask(call, &[]) {
-            FromBroker::Answer {
-                answer: Answer::HostAttached { view, copied: true, .. }, ..
-            } => {
-                hand.view = view;
-            }
-            other => panic!("{other:?}"),
-        }
-        hand
-    }
-
-    fn ask(&mut self, call: Call, files: &[OwnedFd]) -> FromBroker {
-        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        self.socket.send(&Request { id: 9, call }, &files, Wait::Limited).unwrap();
-        self.socket.receive(&mut self.buffer).unwrap().unwrap().0
-    }
-
-    /// Opens a channel; returns its socket.
-    fn open(&mut self, view: u64, files: &[OwnedFd]) -> Result<OwnedFd, Refusal> {
-        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        let request = Request { id: 9, call: Call::OpenCopies { view } };
-        self.socket.send(&request, &borrowed, Wait::Limited).unwrap();
-        match self.socket.receive(&mut self.buffer).unwrap().unwrap() {
-            (FromBroker::Answer { answer: Answer::CopiesOpened, .. }, mut files) => {
-                Ok(files.pop().unwrap())
-            }
-            (FromBroker::Refused { refusal, .. }, _) => Err(refusal),
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-/// What a channel answers to a packet; `None` where it is closed.
-fn send(channel: &OwnedFd, packet: &[u8]) -> Option<CopyAnswer> {
-    rustix::net::sockopt::set_socket_timeout(
-        channel,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(SOON),
-    )
-    .unwrap();
-    if rustix::net::send(channel, packet, rustix::net::SendFlags::NOSIGNAL).is_err() {
-        return None;
-    }
-    let mut answer = [0; 64];
-    let (_, count) =
-        rustix::net::recv(channel, &mut answer, rustix::net::RecvFlags::empty()).ok()?;
-    CopyAnswer::decode(&answer[..count])
-}
-
-fn read(channel: &OwnedFd, pieces: &[(u64, u32)]) -> Option<(Status, u32, u32)> {
-    let pieces = pieces.iter().map(|(gpa, len)| Piece { gpa: *gpa, len: *len }).collect();
-    let answer = send(channel, &CopyRequest { id: 77, write: false, at: 0, pieces }.encode())?;
-    assert_eq!(answer.id, 77);
-    Some((answer.status, answer.pieces, answer.bytes))
-}
-
-fn allocated(size: u64) -> OwnedFd {
-    let file = memfd(size, SealFlags::SHRINK);
-    fallocate(&file, FallocateFlags::empty(), 0, size).unwrap();
-    file
-}
-
-#[test]
-fn channels_that_make_no_sense_are_not_opened() {
-    let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
-    let _shared = broker.target("lion");
-    let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let other = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    let good = || allocated(BUFFER as u64);
-    let file = |file: std::fs::File| vec![OwnedFd::from(file)];
-    let null = || std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
-    let (_reader, writer) = std::io::pipe().unwrap();
-    let unsealed = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    pwrite(&unsealed, &[0; BUFFER], 0).unwrap();
-    let sealed = good();
-    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
-    let cases: Vec<Vec<OwnedFd>> = vec![
-        vec![],
-        vec![good(), good()],
-        file(null()),
-        vec![writer.into()],
-        vec![allocated(BUFFER as u64 - 0x1000)],
-        // What the broker would have to pay for.
-        vec![memfd(BUFFER as u64, SealFlags::SHRINK)],
-        file(tempfile::tempfile().unwrap()),
-        vec![unsealed],
-        vec![sealed],
-    ];
-    for files in cases {
-        assert_eq!(hand.open(view, &files).unwrap_err(), Refusal::Invalid, "{files:?}");
-    }
-    // Another connection's view, and none at all.
-    for view in [other.view, 0, u64::MAX] {
-        assert_eq!(hand.open(view, &[good()]).unwrap_err(), Refusal::Unknown);
-    }
-    // Each has a thread: a connection has few.
-    let channels: Vec<OwnedFd> = (0..4).map(|_| hand.open(view, &[good()]).unwrap()).collect();
-    assert_eq!(hand.open(view, &[good()]).unwrap_err(), Refusal::Limit);
-    drop(channels);
-    wait_for("the channels to end", || hand.open(view, &[good()]).is_ok());
-}
-
-#[test]
-fn requests_that_make_no_sense_copy_nothing() {
-    let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
-    let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    let file = allocated(BUFFER as u64);
-    for packet in [&[][..], &[0; 15], &[0xff; 32], &[0; 1 << 16]] {
-        let channel = hand.open(view, &[file.try_clone().unwrap()]).unwrap();
-        assert_eq!(send(&channel, packet), None, "{} bytes", packet.len());
-    }
-    let first = Private::LOW_LEN - 0x1000;
-    let mut channel = None;
-    wait_for("the channels to end", || {
-        channel = hand.open(view, &[file.try_clone().unwrap()]).ok();
-        channel.is_some()
-    });
-    let channel = channel.unwrap();
-    // A hole ends it, at the very byte; what comes before is there.
-    assert_eq!(read(&channel, &[(first, 0x1000), (HIGH, 3)]), Some((Status::Done, 2, 0)));
-    assert_eq!(read(&channel, &[(first, 0x1001), (HIGH, 3)]), Some((Status::Hole, 0, 0x1000)));
-    assert_eq!(read(&channel, &[(HIGH, 3), (HIGH - 1, 3)]), Some((Status::Hole, 1, 0)));
-    let mut bytes = [0; 3];
-    pread(&file, &mut bytes, 0).unwrap();
-    assert_eq!(bytes, [0, 1, 2].map(|at| pattern(Private::LOW_LEN + at)));
-    // Its memory can be taken away while it is used.
-    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(&file, hole, 0, BUFFER as u64).unwrap();
-    assert_eq!(read(&channel, &[(0, 0x1000)]), Some((Status::Done, 1, 0)));
-
-    // One that never confirms has no more copies all the same, by old channels or new ones.
-    let revoked = broker.admin().revoke(granted.grant).unwrap();
-    assert_eq!((revoked.views, revoked.unconfirmed), (1, 1));
-    let pushed = hand.socket.receive::<FromBroker>(&mut hand.buffer).unwrap().unwrap().0;
-    assert!(matches!(pushed, FromBroker::Revoke { .. }), "{pushed:?}");
-    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Ended, 0, 0)));
-    assert_eq!(hand.open(view, &[allocated(BUFFER as u64)]).unwrap_err(), Refusal::Unknown);
-}
-
-#[test]
-fn channels_end_with_their_connection() {
-    let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
-    let granted = broker.grant(&request(Rights::ReadWrite));
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
-    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Done, 1, 0)));
-    drop(hand);
-    wait_for("the channel to end", || read(&channel, &[(0, 8)]).is_none());
-    // And with the broker.
-    let granted = broker.grant(&request(Rights::ReadWrite));
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
-    broker.stop();
-    wait_for("the channel to end", || read(&channel, &[(0, 8)]).is_none());
-}
-
-/// As a tool does that has no descriptors for a channel.
-#[test]
-fn a_view_that_is_undone_copies_no_more_and_leaves_its_use_to_another() {
-    let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
-    let granted = broker.grant(&request(Rights::ReadWrite));
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    let channel = hand.open(view, &[allocated(BUFFER as u64)]).unwrap();
-    let call = Call::Unreceived { target: 1, introduction: 0, unusable: Unusable::View(view) };
-    hand.socket.send(&Request { id: 0, call }, &[], Wait::Limited).unwrap();
-    wait_for("the use to be returned", || broker.grants()[0].uses_left == 1);
-    assert_eq!(read(&channel, &[(0, 8)]), Some((Status::Ended, 0, 0)));
-    Hand::attach(&broker, &granted.token);
-}
-
-#[test]
-fn channels_leave_no_descriptor_behind() {
-    let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
-    let granted = broker.grant(&request(Rights::ReadWrite));
-    let mut hand = Hand::attach(&broker, &granted.token);
-    let view = hand.view;
-    // Of this kind the other tests of this program have none.
-    let left = || {
-        let is_copy = |path: std::io::Result<std::path::PathBuf>| {
-            path.is_ok_and(|path| path.to_string_lossy().contains("left-behind"))
-        };
-        let files = std::fs::read_dir("/proc/self/fd").unwrap();
-        let files = files
-            .filter(|entry| is_copy(std::fs::read_link(entry.as_ref().unwrap().path())))
-            .count();
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        (files, maps.matches("left-behind").count())
-    };
-    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
-    let file = rustix::fs::memfd_create("left-behind", flags).unwrap();
-    rustix::fs::ftruncate(&file, BUFFER as u64).unwrap();
-    fallocate(&file, FallocateFlags::empty(), 0, BUFFER as u64).unwrap();
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-    let files = [file];
-    for _ in 0..20 {
-        let mut channel = None;
-        wait_for("a channel", || {
-            channel = hand.open(view, &files).ok();
-            channel.is_some()
-        });
-        assert_eq!(read(&channel.unwrap(), &[(0, 0x1000)]), Some((Status::Done, 1, 0)));
-        assert!(hand.open(0, &files).is_err());
-    }
-    wait_for("the channels to be closed", || left() == (1, 0));
 }
 
 #[test]

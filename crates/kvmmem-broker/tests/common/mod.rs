@@ -4,6 +4,7 @@
 
 pub(crate) mod fake_qmp;
 pub(crate) mod pair;
+pub(crate) mod private;
 pub(crate) mod qemu;
 
 use std::io::{Read, Write};
