@@ -171,7 +171,7 @@ fn a_vmm_that_has_ended_is_not_one_without_memory() {
 #[test]
 fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
     let broker = TestBroker::start();
-    let _private = Private::start(&broker, "tiger");
+    let private = Private::start(&broker, "tiger");
     let tool = Tool::listen(&broker, "tool.sock");
     broker.admin().hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
@@ -186,6 +186,8 @@ fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
     let read = session.ask(kvmi::Request::ReadPhysical { gpa: HIGH, size: 4 }).unwrap();
     assert_eq!(read, b"kvmi");
     drop(session);
+    // Nobody else removes it, and its hook ends with it.
+    broker.state.remove(private.vm);
     drop(broker);
     pump.join().unwrap();
 }
