@@ -16,7 +16,7 @@ use crate::kernel::Kernel;
 
 /// Modules of a KVM host, with vsock to its guests, and of its disk. QEMU emulates AMD's
 /// virtualisation only.
-const HOST_MODULES: [&str; 3] = ["kvm_amd", "vhost_vsock", "virtio_blk"];
+pub(crate) const HOST_MODULES: [&str; 3] = ["kvm-amd", "vhost_vsock", "virtio_blk"];
 
 /// Modules of a guest.
 const GUEST_MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
@@ -53,25 +53,23 @@ pub(crate) fn stock_guest(path: &Path, modules: &[PathBuf], binaries: &Binaries)
     write(path, |archive| {
         init(archive, binaries)?;
         programs(archive, binaries)?;
-        let mut order = String::new();
-        for file in modules {
-            order.push_str(&module(archive, file)?);
-        }
+        let order = files(archive, modules)?;
         Ok(archive.file("modules/order", 0o644, order.as_bytes())?)
     })
 }
 
-/// Writes the initramfs of a host, with the folder `bed` at `/bed`, that runs `program`.
+/// Writes the initramfs of a host, with these modules and the folder `bed` at `/bed`, that runs
+/// `program`.
 pub(crate) fn host(
     path: &Path,
-    kernel: &Kernel,
+    modules: &[PathBuf],
     binaries: &Binaries,
     bed: &Path,
     program: &Command,
 ) -> Result<()> {
     write(path, |archive| {
         init(archive, binaries)?;
-        let order = modules(archive, kernel, &HOST_MODULES)?;
+        let order = files(archive, modules)?;
         archive.file("modules/order", 0o644, order.as_bytes())?;
         archive.file(PROGRAM.trim_start_matches('/'), 0o644, &serde_json::to_vec(program)?)?;
         tree(archive, "bed", bed)
@@ -99,11 +97,14 @@ fn init<W: Write>(archive: &mut Archive<W>, binaries: &Binaries) -> io::Result<(
 fn modules<W: Write>(archive: &mut Archive<W>, kernel: &Kernel, wanted: &[&str]) -> Result<String> {
     let folder = kernel.modules();
     let dependencies = fs::read_to_string(folder.join("modules.dep")).context("modules.dep")?;
-    let mut order = String::new();
-    for file in depends::order(&dependencies, wanted)? {
-        order.push_str(&module(archive, &folder.join(file))?);
-    }
-    Ok(order)
+    let order = depends::order(&dependencies, wanted)?;
+    let paths: Vec<_> = order.iter().map(|file| folder.join(file)).collect();
+    files(archive, &paths)
+}
+
+/// Adds modules in loading order; returns that order.
+fn files<W: Write>(archive: &mut Archive<W>, modules: &[PathBuf]) -> Result<String> {
+    modules.iter().map(|file| module(archive, file)).collect()
 }
 
 /// Adds a module; returns its line of the order.

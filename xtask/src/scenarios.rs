@@ -9,10 +9,8 @@ use crate::suite::{Count, Name, Suite};
 use crate::test_bed::TestBed;
 use crate::verbs;
 
-/// Those of stock QEMUs run by themselves: they boot many VMs.
-const STOCK: [&str; 2] = ["qemu_", "moduleless_"];
-
-/// Runs the scenarios of suite `name` in one run of the host.
+/// Runs the scenarios of suite `name` in one run of the host. Those of stock QEMUs run by
+/// themselves: they boot many VMs, on another host.
 pub(crate) fn run(bed: &TestBed, suite: &mut Suite, name: Name) -> Result<()> {
     if name == Name::Qemu && !bed.has_qemus() {
         suite.skip(
@@ -24,7 +22,7 @@ pub(crate) fn run(bed: &TestBed, suite: &mut Suite, name: Name) -> Result<()> {
     let names = list.lines().filter_map(|line| line.split(' ').next());
     let names: Vec<_> = names
         .filter(|scenario| {
-            STOCK.iter().any(|part| scenario.starts_with(part)) == (name == Name::Qemu)
+            verbs::STOCK_QEMUS.iter().any(|part| scenario.starts_with(part)) == (name == Name::Qemu)
         })
         .map(str::to_owned)
         .collect();

@@ -46,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) args: Vec<String>,
     /// Files of this machine to be in the test bed's folder, in `try/`.
     pub(crate) files: Vec<PathBuf>,
+    /// Kernel of an emulated host, by the name that [`Stock::make`] takes.
+    pub(crate) host: &'static str,
     /// Debian releases whose kernels are to be there for introspectors without the module, in
     /// `kernels/`.
     pub(crate) kernels: &'static [&'static str],
@@ -183,11 +185,14 @@ impl TestBed {
             }
         }
         let path = scratch.join("host.cpio");
-        initramfs::host(&path, &self.kernel, &self.binaries, folder, &program)?;
+        let log = self.cache.log(&format!("kernel-{}", job.host));
+        let stock = Stock::make(&self.cache, self, job.host, &log)?;
+        let modules = stock.modules(&initramfs::HOST_MODULES)?;
+        initramfs::host(&path, &modules, &self.binaries, folder, &program)?;
         let console = self.cache.log(&format!("console-{}", std::process::id()));
         let begin = Instant::now();
         let host = NestedHost {
-            kernel: &self.kernel.image(),
+            kernel: &stock.image(),
             initramfs: &path,
             disk: self.qemus.as_deref(),
             console: &console,

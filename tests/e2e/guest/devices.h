@@ -14,9 +14,12 @@ int guest_endpoint_open(unsigned port, int read_only, const char *token, char ti
 /* Times the way from a token to the first bytes, and answers. */
 void first(unsigned port, const char *token, uint64_t gpa);
 
+/* Stores a value this often, each time right after a page fault. -1 with errno. */
+long store_after_fault(volatile uint64_t *at, uint64_t value, unsigned long count);
+
 /*
  * Counts all windows that came as PCI devices, and answers: functions of ivshmem's but those that are a descriptor's. To
- * store, takes each from its driver and stores a u64 at this offset.
+ * store, takes each from its driver and stores a u64 at this offset, right after page faults.
  */
 void bars(int store, uint64_t offset, uint64_t value);
 

@@ -36,7 +36,8 @@
  *   ask PORT ro|rw TOKEN        -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
  *   first PORT TOKEN GPA        -> ok MICROSECONDS    open, attach and 8 bytes of pread, and ends it all
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices
- *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it
+ *   barwrite OFFSET VALUE       -> ok COUNT       takes each window from the driver and stores a u64 into it, right
+ *                                                 after page faults
  *   write PATH TEXT             -> ok
  *   reboot                                        restarts the machine, as root
  */
@@ -252,7 +253,6 @@ static volatile void *physical(int fd, uint64_t gpa, int prot)
 static void poke(uint64_t page, uint64_t target, uint64_t value, unsigned long count)
 {
 	int fd = open("/dev/mem", O_RDWR);
-	volatile unsigned char *own = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	volatile struct kvmmem_descriptor *descriptor = MAP_FAILED;
 	volatile uint64_t *at = MAP_FAILED;
 
@@ -266,21 +266,14 @@ static void poke(uint64_t page, uint64_t target, uint64_t value, unsigned long c
 			at = physical(fd, descriptor->window_gpa + range->offset + (target - range->gpa),
 				      PROT_READ | PROT_WRITE);
 	}
-	if (at == MAP_FAILED || own == MAP_FAILED) {
+	if (at == MAP_FAILED) {
 		answer(-1);
 		return;
 	}
-	for (unsigned long i = 0; i < count; i++) {
-		/* The kernel takes the page that it has just freed: the fault needs nothing of the host. */
-		*own = 1;
-		at[target % PAGE / 8] = value;
-		madvise((void *)own, PAGE, MADV_DONTNEED);
-	}
-	munmap((void *)own, PAGE);
+	answer(store_after_fault(&at[target % PAGE / 8], value, count));
 	munmap((void *)at, PAGE);
 	munmap((void *)descriptor, PAGE);
 	close(fd);
-	answer(0);
 }
 
 static void run(int argc, char **argv)

@@ -20,15 +20,6 @@ const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 /// host.
 const QUICK: &str = ",smm=off,hpet=off,vmport=off";
 
-/// Has guests notify virtio devices by an I/O port, not by a store to a BAR.
-///
-/// QEMU's emulation of SVM makes Linux's KVM take a store for a failed delivery of an event, where
-/// it is the first exit after an exception that the guest handled, and KVM must emulate it, as the
-/// first one after a memory slot has changed (`machine/vcpu/internal_error.rs` of kvmmem-vmm tells
-/// more). A view's plug and unplug changes slots. kvmmem-vmm executes the store again; QEMU ends
-/// the guest: "KVM internal error. Suberror: 3".
-const NOTIFY: [&str; 2] = ["-global", "virtio-pci.modern-pio-notify=on"];
-
 /// Whose QEMU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Release {
@@ -130,7 +121,6 @@ impl Qemu {
         command.arg("enter").arg(root).arg(PROGRAM);
         command.args(["-name", spec.name, "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
         command.args(["-machine", &format!("{}{QUICK}{}", spec.machine, spec.ram.machine())]);
-        command.args(NOTIFY);
         command.args(spec.ram.arguments(spec.mib));
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         let (kernel, initrd) = match spec.kernel {

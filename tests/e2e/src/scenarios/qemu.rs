@@ -62,7 +62,7 @@ pub(crate) const ALL: &[Scenario] = &[
         run: grants::places,
     },
     Scenario {
-        name: "v1_qemu",
+        name: "qemu_v1",
         purpose: "v1's and libkvmi's calls in an introspector under a stock QEMU",
         run: v1::v1,
     },

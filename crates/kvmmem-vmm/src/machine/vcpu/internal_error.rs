@@ -8,8 +8,9 @@
 //! exception that the guest handles in EVENTINJ and then clears its valid bit alone
 //! (`do_interrupt_all`), and `do_vmexit` copies the rest to EXITINTINFO. Linux's
 //! `svm_check_emulate_instruction` looks at the type there, not at the valid bit. So a store to a
-//! read-only memory slot fails where it is the first exit after a page fault, say. The exit has
-//! cleared EVENTINJ: executed again, the store succeeds. Seen with QEMU 7.2 and Linux 7.3.
+//! read-only memory slot, or a load where there is none, fails where it is the first exit after a
+//! page fault, say. The exit has cleared EVENTINJ: executed again, it succeeds. Seen with QEMU 7.2
+//! and Linux 7.3; Linux 6.12 does not have the check.
 
 use std::fmt;
 
