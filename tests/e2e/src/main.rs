@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod internal_error;
 mod process;
 mod qemu;
 mod qmp;
@@ -117,7 +118,8 @@ fn run(style: Style, names: &[String]) -> Result<u8> {
         let mended = if boots { Ok(()) } else { world.mend() };
         let outcome = mended.and_then(|()| (scenario.run)(&mut world, &mut report));
         if let Err(error) = outcome {
-            report.check("the scenario runs to its end", false, format!("{error:#}"));
+            let detail = format!("{error:#}{}", world.internal_errors());
+            report.check("the scenario runs to its end", false, detail);
         }
         if report.failed() > before {
             report.say(&world.logs());

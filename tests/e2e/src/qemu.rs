@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use kvmmem_guest::Agent;
 use serde_json::{Value, json};
 
+use crate::internal_error;
 use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::test_bed::TestBed;
@@ -113,7 +114,7 @@ impl Qemu {
     pub(crate) fn boot(bed: &TestBed, spec: Spec, run: &Path) -> Result<Self> {
         let root = bed.qemus()?.join(spec.release.folder());
         let file = |kind: &str| run.join(format!("{}.{kind}", spec.name));
-        for kind in ["console", "log", "qmp", "test.qmp"] {
+        for kind in ["console", "log", "qmp", "test.qmp", "watch.qmp"] {
             let _ = std::fs::remove_file(file(kind));
         }
         // The program itself enters the folder: std's chroot is safe only there.
@@ -135,10 +136,13 @@ impl Qemu {
             &format!("file:{}", file("console").display()),
         ]);
         command.args(introspector_arguments(bed, spec, &file("qmp"))?);
-        // A socket has one client at a time: this one is the scenarios' own.
-        command.args(["-qmp", &format!("unix:{},server=on,wait=off", file("test.qmp").display())]);
+        // A socket has one client at a time: these are the scenarios' own.
+        for kind in ["test.qmp", "watch.qmp"] {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", file(kind).display())]);
+        }
         let mut process = Process::start(spec.name, &mut command, &file("log"))?;
         let agent = vm::wait_for_agent(spec.name, spec.cid, &mut process, run)?;
+        internal_error::watch(&file("watch.qmp"))?;
         Ok(Self { spec, agent, process, run: run.to_owned() })
     }
 

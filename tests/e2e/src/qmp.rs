@@ -42,6 +42,16 @@ impl Qmp {
         }
     }
 
+    /// Name of the next event, however long it takes to come.
+    pub(crate) fn event(&mut self) -> Result<String> {
+        self.stream.get_ref().set_read_timeout(None)?;
+        loop {
+            if let Some(name) = self.line()?["event"].as_str() {
+                return Ok(name.to_owned());
+            }
+        }
+    }
+
     fn line(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.stream.read_line(&mut line)? == 0 {

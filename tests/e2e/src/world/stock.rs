@@ -10,7 +10,7 @@ use kvmmem_guest::{Agent, Command as GuestCommand};
 use super::{RAW, TARGET, VIEW, World};
 use crate::qemu::{Qemu, Spec};
 use crate::raw::Raw;
-use crate::wait;
+use crate::{internal_error, wait};
 
 impl World {
     /// The VM of this description, booted if it does not run.
@@ -80,6 +80,17 @@ impl World {
     /// The command-driven C tool for v1 in such a VM.
     pub(crate) fn qemu_raw(&self, spec: &Spec) -> Result<Raw> {
         Raw::start(&self.qemu(spec)?.agent, &GuestCommand::new(RAW).as_member().memlock(1 << 20))
+    }
+
+    /// The VMs that KVM's internal errors have stopped, for a failure.
+    pub(crate) fn internal_errors(&self) -> String {
+        let reasons = self.qemus.iter().filter_map(|qemu| {
+            let log =
+                std::fs::read(self.run.path().join(format!("{}.log", qemu.spec.name))).ok()?;
+            let reason = internal_error::reason(&String::from_utf8_lossy(&log))?;
+            Some(format!("; QEMU stopped {}: {reason}", qemu.spec.name))
+        });
+        reasons.collect()
     }
 
     /// The ends of their logs, for a failure.
