@@ -4,7 +4,7 @@
 use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvmmem_limit::RateLimit;
@@ -21,6 +21,10 @@ static WARNINGS: RateLimit = RateLimit::new(2);
 
 /// The most lines that wait to be written.
 const MAX_WAITING: usize = 4096;
+
+/// What a line and its time usually take up, bytes: most are written into memory of this size.
+const USUAL_LINE: usize = 512;
+const USUAL_TIME: usize = 32;
 
 /// How long the caller waits until its line is written.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -39,7 +43,7 @@ pub(super) struct Lines {
 #[derive(Debug)]
 struct Waiting {
     line: Vec<u8>,
-    written: Sender<()>,
+    written: SyncSender<()>,
 }
 
 #[derive(Serialize)]
@@ -66,11 +70,11 @@ impl Lines {
     /// Appends a line, which is in the file when this returns, unless the file stalls or cannot be
     /// written to.
     pub(super) fn write(&self, record: &Record<'_>) {
-        let mut line = Vec::new();
+        let mut line = Vec::with_capacity(USUAL_LINE);
         // A record is made of strings and numbers, and a vector takes all that is written to it.
         let _ = serde_json::to_writer(&mut line, &Line { time: now(), record });
         line.push(b'\n');
-        let (written, is_written) = channel();
+        let (written, is_written) = sync_channel(1);
         if self.waiting.try_send(Waiting { line, written }).is_err() {
             if self.lost.fetch_add(1, Ordering::Relaxed) == 0
                 && let Some(suppressed) = WARNINGS.allow(Instant::now())
@@ -139,7 +143,7 @@ impl Appender {
 
 /// The time in UTC by RFC 3339.
 fn now() -> String {
-    let mut time = String::new();
+    let mut time = String::with_capacity(USUAL_TIME);
     // Writing to a string cannot fail.
     let _ = SystemTime.format_time(&mut Writer::new(&mut time));
     time
