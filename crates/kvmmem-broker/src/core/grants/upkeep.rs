@@ -67,6 +67,10 @@ impl Grants {
 
     /// Brings the indexes up to what a grant is now.
     pub(super) fn settle(&mut self, now: Instant, id: u64) {
+        // Nothing changes in the indexes for a grant that can be used.
+        if self.is_active(now, id) {
+            return;
+        }
         let Some(mut grant) = self.grants.remove(&id) else { return };
         let state = grant.state(now);
         if state != GrantState::Active {
