@@ -2,7 +2,7 @@
 //! The core under its lock, with the handles that go with its numbers, and what is done once the
 //! lock is released.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::core::Core;
@@ -16,7 +16,7 @@ use crate::registry::Vm;
 pub(crate) struct Tables {
     pub(crate) core: Core,
     /// The VMs that the core has, by number.
-    pub(crate) vms: HashMap<u64, Arc<Vm>>,
+    pub(crate) vms: BTreeMap<u64, Arc<Vm>>,
     /// The connections that the core has, by number.
     pub(crate) peers: HashMap<u64, Arc<Peer>>,
 }
@@ -33,7 +33,7 @@ pub(crate) struct Pending {
 
 impl Tables {
     pub(crate) fn new(core: Core) -> Self {
-        Self { core, vms: HashMap::new(), peers: HashMap::new() }
+        Self { core, vms: BTreeMap::new(), peers: HashMap::new() }
     }
 
     /// Fills the outboxes, in the order of the effects.

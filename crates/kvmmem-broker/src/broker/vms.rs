@@ -138,8 +138,7 @@ impl Broker {
 
     /// All VMs, by ascending number.
     pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
-        let tables = self.tables();
-        tables.core.vms.after(0).filter_map(|vm| tables.vms.get(&vm.id).cloned()).collect()
+        self.tables().vms.values().cloned().collect()
     }
 
     /// The VM that has a vsock context id.
