@@ -179,7 +179,7 @@ impl Core {
         may_get_files: bool,
     ) -> Result<Option<Access>, NotSent> {
         let by = self.user(who)?;
-        let (target, _) = self.grants.target(now, token, by).map_err(CallError::from)?;
+        let target = self.grants.would_open(now, token, by).map_err(CallError::from)?.target;
         let vm = self.vms.get(target).ok_or_else(|| CallError::from(UseError::Unknown))?;
         if vm.layout.as_ref().is_some_and(|layout| layout.is_private) {
             return Err(private(&vm.identity).into());

@@ -61,17 +61,22 @@ impl Core {
     ) -> Result<NewView, NotSent> {
         let AttachRequest { token, caller, read_only, reaching } = request;
         let by = self.user(who)?;
-        let caller = self.known_caller(caller, who);
-        let (target, scope) = self.grants.target(now, token, by).map_err(CallError::from)?;
+        let Access { grant, target, scope } =
+            self.grants.would_open(now, token, by).map_err(CallError::from)?;
         let target = self.vms.get(target).ok_or_else(|| CallError::from(UseError::Unknown))?;
         let layout = target.layout.as_ref().ok_or_else(|| CallError::from(UseError::Unknown))?;
         let (identity, layout) = (Arc::clone(&target.identity), Arc::clone(layout));
+        let target = target.id;
         if by.vm.is_some() && layout.is_private {
             return Err(private(&identity).into());
         }
         let reached = scope.check_reaches(reaching, &layout.map);
         reached.map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
-        let target = target.id;
+        // The first attempt for a new target always ends here: nothing is prepared for it.
+        if by.vm.is_some() && self.must_read_first(who, target, may_get_files) {
+            return Err(NotSent::Unread);
+        }
+        let caller = self.known_caller(caller, who);
         let name = match by.vm.and_then(|vm| self.vms.get(vm)) {
             Some(vm) => vm.identity.name.clone(),
             None => HOST.to_owned(),
@@ -79,7 +84,7 @@ impl Core {
         let mut is_first = false;
         let attach = |grants: &mut Grants| {
             let of = (name.as_str(), caller.clone());
-            grants.attach(now, token, by, of, *read_only).map_err(CallError::from)
+            grants.attach(now, grant, by, of, *read_only).map_err(CallError::from)
         };
         let (view, opened) = if by.vm.is_some() {
             self.introducing(who, target, may_get_files, attach)?
@@ -103,7 +108,7 @@ impl Core {
         read_only: bool,
     ) -> Option<(u64, Rights)> {
         let by = self.user(who).ok()?;
-        let (target, scope) = self.grants.target(now, token, by).ok()?;
+        let Access { target, scope, .. } = self.grants.would_open(now, token, by).ok()?;
         Some((target, if read_only { Rights::ReadOnly } else { scope.rights }))
     }
 

@@ -151,6 +151,11 @@ impl Grant {
     /// Takes a use.
     pub(super) fn take_use(&mut self, id: u64) -> Access {
         self.uses_left = self.uses_left.saturating_sub(1);
+        self.access(id)
+    }
+
+    /// What its token opens.
+    pub(super) fn access(&self, id: u64) -> Access {
         Access { grant: id, target: self.terms.target, scope: self.terms.scope.clone() }
     }
 }

@@ -91,6 +91,18 @@ fn token(n: u64) -> Token {
     Token::new([n, 0, 0, 7])
 }
 
+/// Opens a view by a token.
+fn attach(
+    grants: &mut Grants,
+    now: Instant,
+    n: u64,
+    by: User,
+    read_only: bool,
+) -> Result<(u64, Access), UseError> {
+    let grant = grants.would_open(now, &token(n), by)?.grant;
+    grants.attach(now, grant, by, ("by", caller()), read_only)
+}
+
 /// What is known of a grant, for ever.
 #[derive(Clone, Debug)]
 struct Known {
@@ -253,7 +265,7 @@ proptest! {
                         grant.views.insert(last_view, by);
                         (last_view, id)
                     });
-                    let attached = grants.attach(now, &token(name), user(by), ("by", caller()), read_only);
+                    let attached = attach(&mut grants, now, name, user(by), read_only);
                     if let Ok((_, opened)) = &attached {
                         prop_assert_eq!(opened.scope.rights == Rights::ReadOnly, read_only);
                     }
@@ -448,7 +460,7 @@ fn operators_grants_are_bounded_and_make_room_when_they_end() {
     let more = |grants: &mut Grants, n| grants.mint(now, token(n), terms(1, Origin::Operator, 1));
     assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
     // One with an open view keeps its place, one that was revoked does not.
-    grants.attach(now, &token(7), user(2), ("by", caller()), false).unwrap();
+    attach(&mut grants, now, 7, user(2), false).unwrap();
     assert_eq!(more(&mut grants, 1 << 32), Err(MintError::Full(QuotaError::Total(MAX_OPERATOR))));
     grants.revoke(now, 9).unwrap();
     more(&mut grants, 1 << 32).unwrap();
@@ -472,8 +484,7 @@ fn what_is_over_leaves_the_list_by_and_by() {
 fn a_connection_has_at_most_64_views() {
     let (mut grants, now) = (Grants::default(), Instant::now());
     grants.mint(now, token(1), terms(9, Origin::Operator, 1000)).unwrap();
-    let attach =
-        |grants: &mut Grants, by| grants.attach(now, &token(1), user(by), ("by", caller()), false);
+    let attach = |grants: &mut Grants, by| attach(grants, now, 1, user(by), false);
     for _ in 0..64 {
         attach(&mut grants, 1).unwrap();
     }
@@ -492,7 +503,7 @@ fn a_long_list_comes_in_pages_that_lose_nothing() {
     }
     for n in 0..300 {
         let by = user(10 + n / 60);
-        grants.attach(now, &token(0), by, ("by", caller()), false).unwrap();
+        attach(&mut grants, now, 0, by, false).unwrap();
     }
     let (mut after, mut seen, mut views, mut pages) =
         (Cursor::default(), BTreeSet::new(), Vec::new(), 0);
@@ -540,7 +551,7 @@ fn a_use_is_returned_where_the_files_do_not_arrive() {
     }
     let by = user(1);
     let attach = |grants: &mut Grants, n| {
-        let attached = grants.attach(now, &token(n), by, ("by", caller()), true);
+        let attached = attach(grants, now, n, by, true);
         attached.map(|(view, _)| view)
     };
     let view = attach(&mut grants, 1).unwrap();

@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{GrantState, Origin};
-use kvmmem_proto::scope::Scope;
 use uuid::Uuid;
 
 use super::error::UseError;
@@ -13,16 +12,14 @@ use super::grant::{Access, Grant, Holder, User, View};
 use super::table::Grants;
 
 impl Grants {
-    /// The target of a token that this user may use now, and what the token allows. No use is
-    /// taken.
-    pub(crate) fn target(
+    /// What a token opens that this user may use now. No use is taken.
+    pub(crate) fn would_open(
         &mut self,
         now: Instant,
         token: &Token,
         by: User,
-    ) -> Result<(u64, Scope), UseError> {
-        self.usable(now, token, by)
-            .map(|(_, grant)| (grant.terms.target, grant.terms.scope.clone()))
+    ) -> Result<Access, UseError> {
+        self.usable(now, token, by).map(|(id, grant)| grant.access(id))
     }
 
     /// Whether a grant's token can be used now.
@@ -133,6 +130,16 @@ impl Grants {
     ) -> Result<(u64, &mut Grant), UseError> {
         self.advance(now);
         let id = self.find(token).ok_or(UseError::Unknown)?;
+        Ok((id, self.usable_grant(now, id, by)?))
+    }
+
+    /// A grant whose token this user may use now.
+    pub(super) fn usable_grant(
+        &mut self,
+        now: Instant,
+        id: u64,
+        by: User,
+    ) -> Result<&mut Grant, UseError> {
         let grant = self.grants.get_mut(&id).ok_or(UseError::Unknown)?;
         if grant.state(now) != GrantState::Active || !grant.terms.holder.is(by) {
             return Err(UseError::Unknown);
@@ -140,7 +147,7 @@ impl Grants {
         if by.vm == Some(grant.terms.target) {
             return Err(UseError::Own);
         }
-        Ok((id, grant))
+        Ok(grant)
     }
 
     pub(super) fn find(&self, token: &Token) -> Option<u64> {

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::{Caller, ViewCounters};
 use kvmmem_proto::scope::{Rights, Scope};
 
@@ -20,21 +19,22 @@ impl Grants {
         grant.users.contains_key(&by).then_some(grant.terms.target)
     }
 
-    /// Uses a token to open a view; returns the view's number as well.
+    /// Uses the token of a grant that [`Self::would_open`] has found to open a view; returns the
+    /// view's number as well.
     ///
     /// # Errors
     /// [`UseError`]; no use is taken then.
     pub(crate) fn attach(
         &mut self,
         now: Instant,
-        token: &Token,
+        id: u64,
         by: User,
         (name, caller): (&str, Caller),
         read_only: bool,
     ) -> Result<(u64, Access), UseError> {
         let views = self.views_of_peer.get(&by.peer).map_or(0, BTreeSet::len);
         let view = self.last_view + 1;
-        let (id, grant) = self.usable(now, token, by)?;
+        let grant = self.usable_grant(now, id, by)?;
         if views >= MAX_VIEWS_PER_PEER {
             return Err(UseError::TooManyViews);
         }
