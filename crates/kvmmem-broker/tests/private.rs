@@ -186,7 +186,7 @@ fn kvmi_reads_and_writes_it_and_says_that_no_vm_can_map_it() {
     let read = session.ask(kvmi::Request::ReadPhysical { gpa: HIGH, size: 4 }).unwrap();
     assert_eq!(read, b"kvmi");
     drop(session);
-    // Nobody else removes it, and its hook ends with it.
+    // The test alone removes it, and its hook ends with it.
     broker.state.remove(private.vm);
     drop(broker);
     pump.join().unwrap();
