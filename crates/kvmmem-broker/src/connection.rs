@@ -27,8 +27,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// know the VM.
 const CHANGE_PAUSE: Duration = Duration::from_millis(10);
 
-/// How long a thread waits for the next request of a peer that may be silent for months.
-const IDLE: Duration = Duration::from_secs(1);
+/// How long a thread waits for the next request of a peer that may be silent for months. A VMM
+/// whose views are in use reports counters each second.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// A connection and the VM that it has registered. It has a thread while it is served, and waits
 /// without one while it is idle.
@@ -45,8 +46,8 @@ pub(crate) struct Connection {
     silence: Option<Duration>,
 }
 
-/// Why a connection is not served for now.
-enum Left {
+/// Why a thread serves a connection no more.
+enum Stop {
     /// The peer has closed.
     Closed,
     /// The peer has nothing to ask.
@@ -66,12 +67,12 @@ impl Connection {
     /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is
     /// no request.
     ///
-    /// Returns the connection of a peer that is idle and may be: it is to be served again once the
-    /// peer has sent something.
+    /// Returns the connection where the peer is idle, and its silence has no limit: it is to be served
+    /// again once the peer has sent something.
     pub(crate) fn serve(mut self) -> Option<Self> {
         match self.run() {
-            Ok(Left::Idle) => return Some(self),
-            Ok(Left::Closed) => {}
+            Ok(Stop::Idle) => return Some(self),
+            Ok(Stop::Closed) => {}
             Err(error) => self.report(&error),
         }
         let Self { service, peer, vm, pause, .. } = self;
@@ -100,13 +101,13 @@ impl Connection {
         self.service.broker().audit().write(Event::Refused { peer, vm, reason });
     }
 
-    fn run(&mut self) -> Result<Left, PacketError> {
+    fn run(&mut self) -> Result<Stop, PacketError> {
         loop {
             if !self.wait()? {
-                return Ok(Left::Idle);
+                return Ok(Stop::Idle);
             }
             // Descriptors that come with a call that takes none are closed by going out of scope.
-            let Some((request, files)) = self.receive()? else { return Ok(Left::Closed) };
+            let Some((request, files)) = self.receive()? else { return Ok(Stop::Closed) };
             let Request { id, call } = request;
             let is_answered = !call.is_one_way();
             match self.carry_out(call, files) {
@@ -133,7 +134,8 @@ impl Connection {
         }
     }
 
-    /// Waits for the next request, or for the end; false where the peer is idle and may be.
+    /// Waits for the next request, or for the end; false where the peer is idle, and its silence has
+    /// no limit.
     ///
     /// # Errors
     /// Where it is silent too long.

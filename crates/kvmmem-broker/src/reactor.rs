@@ -19,6 +19,7 @@ mod table;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
@@ -210,7 +211,7 @@ impl Reactor {
                 } else {
                     let handler = lock(&self.0.table).fire(token);
                     if let Some(handler) = handler {
-                        handler(self, token, Event::Ready);
+                        self.call(&handler, token, Event::Ready);
                     }
                 }
             }
@@ -218,8 +219,16 @@ impl Reactor {
             for _ in 0..TURN {
                 let due = lock(&self.0.table).fire_due(now);
                 let Some((token, handler)) = due else { break };
-                handler(self, token, Event::Deadline);
+                self.call(&handler, token, Event::Deadline);
             }
+        }
+    }
+
+    /// Calls a handler. What fails in it ends nothing else.
+    fn call(&self, handler: &Handler, token: Token, event: Event) {
+        let run = AssertUnwindSafe(|| handler(self, token, event));
+        if std::panic::catch_unwind(run).is_err() {
+            tracing::error!(?token, ?event, "a handler of the reactor has failed");
         }
     }
 }

@@ -2,6 +2,7 @@
 //! The broker's socket: accepts peers.
 
 mod activation;
+mod closer;
 mod connections;
 mod error;
 #[cfg(test)]
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use closer::Closer;
 use connections::{ConnectionSlot, Shared};
 pub use error::ServerError;
 use kvmmem_limit::RateLimit;
@@ -37,9 +39,6 @@ use crate::service::Service;
 /// Permission bits of everybody but the owner.
 const OTHERS: u32 = 0o077;
 
-/// The stack of a thread that closes a connection.
-const CLOSE_STACK: usize = 64 << 10;
-
 /// How long a packet to a peer that does not read is waited for.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 
@@ -60,6 +59,7 @@ pub struct Server {
     /// Whether the service manager removes the socket.
     is_activated: bool,
     shared: Arc<Shared>,
+    closer: Closer,
 }
 
 impl Server {
@@ -85,6 +85,7 @@ impl Server {
             group,
             is_activated: false,
             shared: Arc::new(Shared::new(limits)),
+            closer: Closer::default(),
         })
     }
 
@@ -105,6 +106,7 @@ impl Server {
             group,
             is_activated: true,
             shared: Arc::new(Shared::new(Limits::default())),
+            closer: Closer::default(),
         })
     }
 
@@ -214,17 +216,23 @@ impl Server {
                 return Ok(());
             }
         };
-        thread::start(slot)
+        // The thread is to be the socket's last owner: closing it may block.
+        drop(peer);
+        if let Err((error, slot)) = thread::start(slot) {
+            let peer = Arc::clone(slot.peer());
+            drop(slot);
+            let message = format!("no thread can be started: {error}; try again later");
+            self.refuse(peer, &CallError::new(Refusal::Limit, message));
+        }
+        Ok(())
     }
 
-    /// Refuses a connection. It is closed on a thread of its own: a packet that was not received may
-    /// hold a file whose last close blocks, such as a TCP socket with `SO_LINGER`.
+    /// Refuses a connection.
     fn refuse(&self, peer: Arc<Peer>, refused: &CallError) {
         connection::refuse(&peer, 0, refused);
         let (vm, reason) = (None, refused.message.as_str());
         self.shared.service.broker().audit().write(Event::Refused { peer: &peer, vm, reason });
-        let close = std::thread::Builder::new().name("close".into()).stack_size(CLOSE_STACK);
-        // Without a thread it is closed here.
-        let _ = close.spawn(move || drop(peer));
+        peer.shut_down();
+        self.closer.close(peer);
     }
 }

@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
 
-use crate::connection::Connection as Served;
+use crate::connection;
 use crate::peer::Peer;
 use crate::service::Service;
 
@@ -35,7 +35,7 @@ impl Connection {
         let (mut connection, theirs) = Self::pair();
         let peer = PacketSocket::accepted(theirs, Duration::from_secs(30)).unwrap();
         let peer = Arc::new(Peer::new(peer, Credentials { pid: std::process::id(), uid }));
-        let mut served = Some(Served::new(service, &peer));
+        let mut served = Some(connection::Connection::new(service, &peer));
         connection.thread = Some(std::thread::spawn(move || {
             while let Some(idle) = served.take() {
                 served = idle.serve();

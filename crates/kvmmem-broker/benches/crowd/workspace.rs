@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::Result;
 
 const RAM: u64 = 2 << 20;
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A `kvmmemd` of its own, ended on drop.
 pub(crate) struct Workspace {

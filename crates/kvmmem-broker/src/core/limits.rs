@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::quota::Bound;
 
-/// The most connections at a time: each has a thread.
+/// The most connections at a time: each that is not idle has a thread.
 const MAX_CONNECTIONS: usize = 2560;
 
 /// The most VMs that are registered at a time.

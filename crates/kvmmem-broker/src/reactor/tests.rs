@@ -197,3 +197,21 @@ fn its_end_drops_the_handlers_and_the_thread() {
         std::thread::sleep(Duration::from_millis(2));
     }
 }
+
+#[test]
+fn a_handler_that_fails_ends_nothing_else() {
+    let reactor = Reactor::default();
+    let (reader, writer) = pipe();
+    fill(&writer);
+    let bad = reactor.insert(Arc::new(|_, _, _| panic!("on purpose"))).unwrap();
+    reactor.arm(bad, Some((&reader, READABLE)), None).unwrap();
+    let (handler, events) = recorder();
+    let good = reactor.insert(handler).unwrap();
+    reactor.arm(good, None, Some(Instant::now() + Duration::from_millis(10))).unwrap();
+    assert_eq!(events.recv_timeout(LIMIT), Ok((good, Event::Deadline)));
+    // It may be armed again.
+    reactor.arm(bad, None, Some(Instant::now())).unwrap();
+    reactor.arm(good, None, Some(Instant::now() + Duration::from_millis(10))).unwrap();
+    assert_eq!(events.recv_timeout(LIMIT), Ok((good, Event::Deadline)));
+    reactor.end();
+}

@@ -63,27 +63,54 @@ impl Shared {
     }
 }
 
-/// A connection's place among those that there may be, given back on drop.
+/// A connection's place among those that there may be, given back on drop: once its socket is
+/// closed, where this is the peer's last owner. Closing may block, for as long as the peer likes.
 pub(super) struct ConnectionSlot {
-    pub(super) shared: Arc<Shared>,
-    pub(super) peer: Arc<Peer>,
+    entry: Entry,
+    _place: Place,
+}
+
+/// A connection's entry in the list of those that are ended with the broker.
+struct Entry {
+    shared: Arc<Shared>,
+    peer: Arc<Peer>,
+}
+
+/// What a connection takes of the quota.
+struct Place {
+    shared: Arc<Shared>,
+    uid: u32,
 }
 
 impl ConnectionSlot {
     pub(super) fn take(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<Self, QuotaError> {
+        let (shared, peer) = (Arc::clone(shared), Arc::clone(peer));
         let mut connections = shared.lock();
         connections.quota.take(peer.credentials())?;
-        connections.peers.push(Arc::clone(peer));
-        Ok(Self { shared: Arc::clone(shared), peer: Arc::clone(peer) })
+        connections.peers.push(Arc::clone(&peer));
+        drop(connections);
+        let place = Place { shared: Arc::clone(&shared), uid: peer.credentials().uid };
+        Ok(Self { entry: Entry { shared, peer }, _place: place })
+    }
+
+    pub(super) fn service(&self) -> &Arc<Service> {
+        &self.entry.shared.service
+    }
+
+    pub(super) fn peer(&self) -> &Arc<Peer> {
+        &self.entry.peer
     }
 }
 
-impl Drop for ConnectionSlot {
+impl Drop for Entry {
     fn drop(&mut self) {
-        let mut connections = self.shared.lock();
-        connections.peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
-        connections.quota.give_back(self.peer.credentials().uid);
-        drop(connections);
+        self.shared.lock().peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
         self.shared.ended.notify_all();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.shared.lock().quota.give_back(self.uid);
     }
 }

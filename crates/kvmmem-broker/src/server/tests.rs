@@ -4,7 +4,6 @@
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use kvmmem_proto::message::{
 };
 use kvmmem_proto::packet::Wait;
 use rustix::net::sockopt::set_socket_linger;
+use rustix::net::{AddressFamily, SocketType, socketpair};
 use uuid::Uuid;
 
 use super::*;
@@ -42,7 +42,7 @@ impl Running {
 
     fn connect(&self, uid: u32) -> Connection {
         let (connection, theirs) = Connection::pair();
-        self.server.admit_as(theirs, Credentials { pid: std::process::id(), uid }).unwrap();
+        self.server.admit_as(theirs, by(uid)).unwrap();
         connection
     }
 
@@ -98,34 +98,76 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
     }
 }
 
-/// A connection that is refused may have sent a file already, and the broker closes that last.
-#[test]
-fn a_file_that_takes_long_to_close_keeps_nobody_out() {
-    let running = Running::new(Limits { connections: FEW, ..Limits::default() });
-    let taken: Vec<_> = (0..5).map(|_| running.connect(USER)).collect();
-    let (ours, theirs) = UnixStream::pair().unwrap();
+/// A connection that has sent a file whose close blocks until the returned peer is dropped, after a
+/// packet that is no request.
+fn lingering() -> (OwnedFd, TcpStream) {
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
     set_socket_linger(&file, Some(Duration::from_secs(3600))).unwrap();
     file.set_nonblocking(true).unwrap();
     while (&file).write(&[0; 1 << 16]).is_ok() {}
-    PacketSocket::accepted(ours.into(), Duration::from_secs(60))
-        .unwrap()
-        .send(&"a file", &[file.as_fd()], Wait::Limited)
-        .unwrap();
-    drop(file);
+    let ours = PacketSocket::accepted(ours, Duration::from_secs(60)).unwrap();
+    ours.send(&"nonsense", &[], Wait::Limited).unwrap();
+    ours.send(&"a file", &[file.as_fd()], Wait::Limited).unwrap();
+    (theirs, peer)
+}
+
+fn by(uid: u32) -> Credentials {
+    Credentials { pid: std::process::id(), uid }
+}
+
+/// A connection that is refused may have sent a file already, and the broker closes that last.
+#[test]
+fn a_file_that_takes_long_to_close_keeps_nobody_out() {
+    let running = Running::new(Limits { connections: FEW, ..Limits::default() });
+    let taken: Vec<_> = (0..5).map(|_| running.connect(USER)).collect();
+    let many: Vec<_> = (0..10).map(|_| lingering()).collect();
     let (done, is_done) = channel();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let by = Credentials { pid: std::process::id(), uid: USER };
-            done.send(running.server.admit_as(theirs.into(), by)).unwrap();
+        let mut peers = Vec::new();
+        for (theirs, peer) in many {
+            let (running, done) = (&running, done.clone());
+            scope.spawn(move || done.send(running.server.admit_as(theirs, by(USER))).unwrap());
+            peers.push(peer);
+        }
+        for _ in &peers {
+            let refused = is_done.recv_timeout(Duration::from_secs(60));
+            refused.expect("it was closed at once").unwrap();
+        }
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let closing = threads.filter(|task| {
+            let name = std::fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
+            name.is_ok_and(|name| name.trim_end() == "close")
         });
-        let refused = is_done.recv_timeout(Duration::from_secs(60));
-        drop(peer);
-        refused.expect("it was closed at once").unwrap();
+        assert_eq!(closing.count(), 1);
     });
     drop(taken);
+}
+
+#[test]
+fn a_connection_counts_until_its_files_are_closed() {
+    let running = Running::new(Limits { connections: FEW, ..Limits::default() });
+    let mut peers = Vec::new();
+    for _ in 0..5 {
+        let (theirs, peer) = lingering();
+        running.server.admit_as(theirs, by(USER)).unwrap();
+        peers.push(peer);
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert_eq!(running.server.shared.wait_for_peers(deadline), 0, "they have not ended");
+    let connect = |uid| running.connect(uid).ask(Call::Targets { after: 0 }, None).map(drop);
+    assert_eq!(connect(USER).map_err(|(refusal, _)| refusal), Err(Refusal::Limit));
+    connect(OTHER).unwrap();
+    connect(ROOT).unwrap();
+    drop(peers);
+    while connect(USER).is_err() {
+        assert!(Instant::now() < deadline, "its places are not free");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]

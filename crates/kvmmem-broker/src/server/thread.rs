@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The threads of connections. A connection that is idle has none: it waits at the reactor, which
-//! starts a thread for it once its peer has sent something.
+//! starts a thread for it once its peer has sent something. So it is owned by one thread, or by one
+//! registration.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -18,7 +19,7 @@ use crate::sync::lock;
 const STACK: usize = 512 << 10;
 
 /// When to try again to start a thread.
-const RETRY: Duration = Duration::from_millis(100);
+const RETRY: Duration = Duration::from_millis(500);
 
 static WARNINGS: RateLimit = RateLimit::new(2);
 
@@ -31,16 +32,25 @@ struct Idle {
 /// Serves a new connection.
 ///
 /// # Errors
-/// Where no thread can be started.
-pub(super) fn start(slot: ConnectionSlot) -> io::Result<()> {
-    spawn(move || {
-        let connection = Connection::new(&slot.shared.service, &slot.peer);
+/// The slot, where no thread can be started.
+pub(super) fn start(slot: ConnectionSlot) -> Result<(), (io::Error, ConnectionSlot)> {
+    let slot = Arc::new(Mutex::new(Some(slot)));
+    let started = spawn(&slot, |slot| {
+        let connection = Connection::new(slot.service(), slot.peer());
         serve(connection, slot);
-    })
+    });
+    started.or_else(|error| lock(&slot).take().map_or(Ok(()), |slot| Err((error, slot))))
 }
 
-fn spawn(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new().name("peer".into()).stack_size(STACK).spawn(run).map(drop)
+/// Starts a thread that takes what is `owned`; it stays there where none can be started.
+fn spawn<T: Send + 'static>(owned: &Arc<Mutex<Option<T>>>, run: fn(T)) -> io::Result<()> {
+    let owned = Arc::clone(owned);
+    let thread = std::thread::Builder::new().name("peer".into()).stack_size(STACK);
+    let run = move || {
+        let taken = lock(&owned).take();
+        taken.into_iter().for_each(run);
+    };
+    thread.spawn(run).map(drop)
 }
 
 /// Serves a connection until it ends or is idle.
@@ -59,34 +69,28 @@ fn serve(mut connection: Connection, mut slot: ConnectionSlot) {
 /// # Errors
 /// The connection, where the reactor cannot wait for it.
 fn wait(idle: Idle) -> Result<(), Idle> {
-    let Some(socket) = idle.slot.peer.socket().map(|socket| Arc::clone(socket.descriptor())) else {
-        return Err(idle);
-    };
-    let reactor = idle.slot.shared.service.reactor().clone();
-    let place = Arc::new(Mutex::new(Some(idle)));
-    let waiting = Arc::clone(&place);
-    let token =
-        reactor.insert(Arc::new(move |reactor: &Reactor, token, _| wake(reactor, token, &waiting)));
-    let is_waiting = token.and_then(|token| {
-        reactor.arm(token, Some((&socket, READABLE)), None).inspect_err(|_| reactor.remove(token))
+    let reactor = idle.slot.service().reactor().clone();
+    let parked = Arc::new(Mutex::new(Some(idle)));
+    let waiting = Arc::clone(&parked);
+    let wake = Arc::new(move |reactor: &Reactor, token, _| wake(reactor, token, &waiting));
+    // Until the lock is released the connection is served by no thread.
+    let mut parked = lock(&parked);
+    let socket = parked.as_ref().and_then(|idle| idle.slot.peer().socket());
+    let is_waiting = socket.is_some_and(|socket| {
+        let arm = |token| {
+            let armed = reactor.arm(token, Some((socket.descriptor(), READABLE)), None);
+            armed.inspect_err(|_| reactor.remove(token))
+        };
+        reactor.insert(wake).and_then(arm).is_ok()
     });
-    if is_waiting.is_ok() {
-        return Ok(());
-    }
-    lock(&place).take().map_or(Ok(()), Err)
+    if is_waiting { Ok(()) } else { parked.take().map_or(Ok(()), Err) }
 }
 
 /// Starts a thread for a connection whose peer has sent something, or has closed.
-fn wake(reactor: &Reactor, token: Token, place: &Arc<Mutex<Option<Idle>>>) {
+fn wake(reactor: &Reactor, token: Token, parked: &Arc<Mutex<Option<Idle>>>) {
     // The reactor is not to be the last owner of the socket: closing it may block.
     let _ = reactor.arm(token, None, None);
-    let taken = Arc::clone(place);
-    let started = spawn(move || {
-        let idle = lock(&taken).take();
-        if let Some(Idle { connection, slot }) = idle {
-            serve(connection, slot);
-        }
-    });
+    let started = spawn(parked, |Idle { connection, slot }| serve(connection, slot));
     let Err(error) = started else { return reactor.remove(token) };
     if WARNINGS.allow(Instant::now()).is_some() {
         tracing::warn!(%error, "cannot start a thread for a connection yet");
