@@ -60,8 +60,8 @@ pub(crate) enum Event {
     Deadline,
 }
 
-/// The thread and what it waits for. Clones are the same reactor. The thread starts with the first
-/// registration, and ends with [`Self::end`].
+/// The thread and what it waits for. Clones are the same reactor. The thread starts with
+/// [`Self::start`] or the first registration, and ends with [`Self::end`].
 #[derive(Clone, Default)]
 pub(crate) struct Reactor(Arc<Shared>);
 
@@ -88,11 +88,8 @@ impl Reactor {
 
     /// The same, for a handler that keeps its token.
     pub(crate) fn insert_with(&self, handler: impl FnOnce(Token) -> Handler) -> io::Result<Token> {
-        let mut table = lock(&self.0.table);
-        if self.0.kernel.get().is_none() {
-            self.start()?;
-        }
-        table.insert(handler)
+        self.start()?;
+        lock(&self.0.table).insert(handler)
     }
 
     /// Lets a registration wait once, for what is given here and for nothing else.
@@ -163,7 +160,16 @@ impl Reactor {
         self.0.kernel.get().is_some_and(|it| it.thread == std::thread::current().id())
     }
 
-    fn start(&self) -> io::Result<()> {
+    /// Starts the thread, unless it has been started.
+    ///
+    /// # Errors
+    /// Where it cannot be started.
+    pub(crate) fn start(&self) -> io::Result<()> {
+        // Two threads do not start it at once.
+        let _table = lock(&self.0.table);
+        if self.0.kernel.get().is_some() {
+            return Ok(());
+        }
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;

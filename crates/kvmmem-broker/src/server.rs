@@ -135,6 +135,8 @@ impl Server {
     /// # Errors
     /// [`ServerError::Wait`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), ServerError> {
+        // Idle connections wait there; where it cannot be started now, they keep their threads.
+        let _ = self.shared.service.reactor().start();
         let served = self.accept_until(stop);
         // New peers find no socket from here on.
         if !self.is_activated

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The connections that are served.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -22,13 +23,15 @@ pub(super) struct Shared {
 
 #[derive(Debug)]
 struct Connections {
-    peers: Vec<Arc<Peer>>,
+    /// By number.
+    peers: BTreeMap<u64, Arc<Peer>>,
     quota: Quota,
 }
 
 impl Shared {
     pub(super) fn new(limits: Limits) -> Self {
-        let connections = Connections { peers: Vec::new(), quota: Quota::new(limits.connections) };
+        let connections =
+            Connections { peers: BTreeMap::new(), quota: Quota::new(limits.connections) };
         Self {
             service: Arc::new(Service::new(limits)),
             connections: Mutex::new(connections),
@@ -52,7 +55,7 @@ impl Shared {
         broker.state().close();
         self.service.remove_introspectors(deadline);
         self.service.remove_external();
-        for peer in &self.lock().peers {
+        for peer in self.lock().peers.values() {
             peer.shut_down();
         }
         let left = self.wait_for_peers(deadline);
@@ -87,7 +90,7 @@ impl ConnectionSlot {
         let (shared, peer) = (Arc::clone(shared), Arc::clone(peer));
         let mut connections = shared.lock();
         connections.quota.take(peer.credentials())?;
-        connections.peers.push(Arc::clone(&peer));
+        connections.peers.insert(peer.number(), Arc::clone(&peer));
         drop(connections);
         let place = Place { shared: Arc::clone(&shared), uid: peer.credentials().uid };
         Ok(Self { entry: Entry { shared, peer }, _place: place })
@@ -104,7 +107,7 @@ impl ConnectionSlot {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.shared.lock().peers.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
+        self.shared.lock().peers.remove(&self.peer.number());
         self.shared.ended.notify_all();
     }
 }
