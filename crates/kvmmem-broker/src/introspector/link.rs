@@ -11,7 +11,7 @@ use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::{Answer, Call, Caller, Refusal, ViewCounters, VmIdentity};
 
 use super::inbox::Inbox;
-use super::view::ViewGrant;
+use super::view::AttachAnswer;
 use crate::audit::Event;
 use crate::broker::Broker;
 use crate::calls::Outcome;
@@ -67,7 +67,7 @@ impl Link {
         token: &Token,
         caller: &Caller,
         read_only: bool,
-    ) -> Result<ViewGrant, CallError> {
+    ) -> Result<AttachAnswer, CallError> {
         let ended = || CallError::new(Refusal::Busy, "the broker ends");
         let broker = self.broker.upgrade().ok_or_else(ended)?;
         let _attaching = lock(&self.attaching);
@@ -75,7 +75,7 @@ impl Link {
         let call = Call::Attach { token, caller, read_only, reaching: Vec::new() };
         match broker.handle(&self.peer, Some(&self.vm), call) {
             Ok(Outcome::Answer(Answer::Attached { view, grant, target, scope }, _)) => {
-                Ok(ViewGrant { view, grant, target, scope })
+                Ok(AttachAnswer { view, grant, target, scope })
             }
             // There is no other answer to a VM.
             Ok(_) => Err(ended()),

@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 
 use super::handle::{Introspector, State};
 use super::inbox::Notice;
-use super::view::{Phase, View, ViewGrant};
+use super::view::{AttachAnswer, Phase, View};
 use crate::calls::mint::random_token;
 use crate::core::call_error::CallError;
 use crate::reactor::{self, Reactor};
@@ -199,7 +199,7 @@ impl Introspector {
     fn show(
         &self,
         (view, mapped_by): (&Arc<View>, MappedBy),
-        attached: &ViewGrant,
+        attached: &AttachAnswer,
         flags: u32,
         slots: &PciSlots,
         qmp: &mut Qmp,

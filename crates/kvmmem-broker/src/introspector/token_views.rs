@@ -233,7 +233,7 @@ mod tests {
     use kvmmem_qemu::windows::descriptor::Pages;
 
     use super::super::inbox::Inbox;
-    use super::super::view::{View, ViewGrant};
+    use super::super::view::{AttachAnswer, View};
     use super::*;
     use crate::core::limits::Limits;
     use crate::service::Service;
@@ -242,7 +242,8 @@ mod tests {
     /// A view that lists tokens, and its page.
     fn token_view() -> (TokenView, Arc<std::os::fd::OwnedFd>) {
         let scope = Scope::whole(Rights::ReadOnly);
-        let view = View::new(&ViewGrant { view: 1, grant: 1, target: 1, scope }, Counts::default());
+        let view =
+            View::new(&AttachAnswer { view: 1, grant: 1, target: 1, scope }, Counts::default());
         let pages = Pages::new(Descriptor::default(), Vec::new(), 1).unwrap();
         let page = Arc::clone(&pages.files()[0]);
         *lock(&view.pages) = Some(pages);

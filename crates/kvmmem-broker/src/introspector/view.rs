@@ -18,9 +18,9 @@ use crate::core::layout::Layout;
 use crate::reactor::{Reactor, Token};
 use crate::sync::{lock, wait_while};
 
-/// What a token allows an introspector: one view of a target.
+/// The broker's answer to an introspector's call to attach: what `Answer::Attached` has.
 #[derive(Clone, Debug)]
-pub(super) struct ViewGrant {
+pub(super) struct AttachAnswer {
     /// The broker's number for the view.
     pub(super) view: u64,
     pub(super) grant: u64,
@@ -82,8 +82,8 @@ pub(super) enum Phase {
 impl View {
     /// One that was attached when `since` had happened in QEMU. What it shows is said by
     /// [`Self::show`].
-    pub(super) fn new(attached: &ViewGrant, since: Counts) -> Self {
-        let ViewGrant { view, grant, target, scope } = attached;
+    pub(super) fn new(attached: &AttachAnswer, since: Counts) -> Self {
+        let AttachAnswer { view, grant, target, scope } = attached;
         Self::with(*view, *grant, *target, scope.clone(), since)
     }
 

@@ -10,24 +10,24 @@ use uuid::Uuid;
 
 /// What a token opened for one page.
 #[derive(Clone, Debug)]
-pub struct PageGrant {
+pub struct PageGrant<T = Arc<Target>> {
     /// Number of the grant, unique while the broker runs.
     pub grant: u64,
     /// The other VM.
-    pub target: Arc<Target>,
+    pub target: T,
     /// Which of its pages may be mapped, and how.
     pub scope: Scope,
 }
 
 /// What a token opened until its grant is revoked.
 #[derive(Clone, Debug)]
-pub struct ViewGrant {
+pub struct ViewGrant<T = Arc<Target>> {
     /// Number of the view, unique while the broker runs.
     pub view: u64,
     /// Number of the grant, unique while the broker runs.
     pub grant: u64,
     /// The other VM.
-    pub target: Arc<Target>,
+    pub target: T,
     /// Which of its memory may be shown, and how.
     pub scope: Scope,
 }

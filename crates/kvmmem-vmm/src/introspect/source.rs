@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 
 use kvmmem_abi::errno::KvmError;
 pub use kvmmem_client::vmm::Token;
-use kvmmem_client::vmm::{Caller, Scope, ViewCounters, ViewEvents};
+use kvmmem_client::vmm::{self, Caller, ViewCounters, ViewEvents};
 use kvmmem_proto::map::MemoryMap;
 
 /// Memory of one target, opened with a token.
@@ -35,28 +35,10 @@ pub trait TargetMemory: Send + Sync {
 }
 
 /// Result of redeeming a token for one page.
-#[derive(Clone)]
-pub struct PageGrant {
-    /// Number of the grant.
-    pub grant: u64,
-    /// The target.
-    pub target: Arc<dyn TargetMemory>,
-    /// Which of its pages may be mapped, and how.
-    pub scope: Scope,
-}
+pub type PageGrant = vmm::PageGrant<Arc<dyn TargetMemory>>;
 
 /// Result of attaching a view; valid until the grant is revoked.
-#[derive(Clone)]
-pub struct ViewGrant {
-    /// Number of the view.
-    pub view: u64,
-    /// Number of the grant.
-    pub grant: u64,
-    /// The target.
-    pub target: Arc<dyn TargetMemory>,
-    /// Which of its memory may be shown, and how.
-    pub scope: Scope,
-}
+pub type ViewGrant = vmm::ViewGrant<Arc<dyn TargetMemory>>;
 
 /// Takes the events of grants and targets: those of the broker's connection, and those of targets
 /// of another kind.
