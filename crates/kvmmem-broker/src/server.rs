@@ -93,10 +93,10 @@ impl Server {
     /// it. The broker only takes the lock beside it.
     ///
     /// # Errors
-    /// [`ServerError::Adopt`] where it is no unix socket of sequenced packets with a path;
+    /// [`ServerError::Activation`] where it is no unix socket of sequenced packets with a path;
     /// [`ServerError::Listen`].
     pub(crate) fn from_activation(listener: OwnedFd) -> Result<Self, ServerError> {
-        let (path, mode) = activation::inspect(&listener).map_err(ServerError::Adopt)?;
+        let (path, mode) = activation::inspect(&listener).map_err(ServerError::Activation)?;
         let lock = listener::lock(&path)?;
         let group = mode & OTHERS != 0;
         Ok(Self {

@@ -20,7 +20,7 @@ impl Introspector {
         let places = machine::slots(&mut qmp)?;
         let free = self.free(&lock(&self.state), &places, 0)?.len();
         let views = self.views();
-        let taken: usize = views.iter().map(|view| lock(&view.places).len()).sum();
+        let taken: usize = views.iter().map(|view| lock(&view.slots).len()).sum();
         // Of a bus whose slots are anybody's, those that are taken do not count as places.
         Ok((free, places.count.max(free + taken)))
     }

@@ -259,16 +259,16 @@ impl Introspector {
     pub(super) fn free(
         &self,
         state: &State,
-        places: &PciSlots,
+        slots: &PciSlots,
         needed: usize,
     ) -> Result<Vec<PciSlot>, OpenError> {
         let reserved: BTreeSet<PciSlot> =
-            state.views.iter().flat_map(|view| lock(&view.places).clone()).collect();
-        let free = places.free.difference(&reserved).filter(|slot| !state.retired.has(slot));
+            state.views.iter().flat_map(|view| lock(&view.slots).clone()).collect();
+        let free = slots.free.difference(&reserved).filter(|slot| !state.retired.has(slot));
         let free: Vec<PciSlot> = free.cloned().collect();
         if free.len() < needed {
             let retired = state.retired.buses();
-            let (free, count) = (free.len(), places.count);
+            let (free, count) = (free.len(), slots.count);
             return Err(OpenError::NoPlace { needed, free, count, retired });
         }
         Ok(free)
@@ -277,13 +277,13 @@ impl Introspector {
     fn reserve(
         &self,
         view: &View,
-        places: &PciSlots,
+        slots: &PciSlots,
         needed: usize,
     ) -> Result<Vec<PciSlot>, OpenError> {
         let state = lock(&self.state);
-        let mut mine = self.free(&state, places, needed)?;
+        let mut mine = self.free(&state, slots, needed)?;
         mine.truncate(needed);
-        lock(&view.places).extend(mine.iter().cloned());
+        lock(&view.slots).extend(mine.iter().cloned());
         Ok(mine)
     }
 }

@@ -46,7 +46,7 @@ pub(super) struct View {
     /// `None` where an earlier broker had them.
     pub(super) pages: Mutex<Option<Pages>>,
     pub(super) plug: Mutex<Plug>,
-    pub(super) places: Mutex<BTreeSet<PciSlot>>,
+    pub(super) slots: Mutex<BTreeSet<PciSlot>>,
     life: Mutex<Life>,
     /// Signalled when the phase has changed.
     changed: Condvar,
@@ -106,7 +106,7 @@ impl View {
             since,
             pages: Mutex::default(),
             plug: Mutex::default(),
-            places: Mutex::default(),
+            slots: Mutex::default(),
             life: Mutex::new(Life {
                 phase: Phase::Opening,
                 end: None,

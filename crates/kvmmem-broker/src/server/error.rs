@@ -14,7 +14,7 @@ pub enum ServerError {
     Listen(#[from] ListenError),
     /// The broker cannot serve the socket that was passed.
     #[error("cannot serve the socket that was passed")]
-    Adopt(#[source] io::Error),
+    Activation(#[source] io::Error),
     /// Waiting for peers failed.
     #[error("cannot wait for connections")]
     Wait(#[source] Errno),

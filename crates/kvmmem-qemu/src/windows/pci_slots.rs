@@ -137,14 +137,14 @@ mod tests {
         json!([{ "bus": 0, "devices": devices }])
     }
 
-    fn free(places: &PciSlots) -> Vec<String> {
-        places.free.iter().map(ToString::to_string).collect()
+    fn free(slots: &PciSlots) -> Vec<String> {
+        slots.free.iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn root_ports_for_views_are_free_while_nothing_is_in_them() {
         let nested = port(9, "upstream", &[port(0, "kvmmem2", &[])]);
-        let places = find(machine(
+        let slots = find(machine(
             0x29c0,
             &[
                 port(1, "rp1", &[]),
@@ -158,7 +158,7 @@ mod tests {
         ))
         .unwrap();
         assert_eq!(
-            (free(&places), places.count),
+            (free(&slots), slots.count),
             (
                 ["kvmmem1 slot 0", "kvmmem2 slot 0", "ua-kvmmem9 slot 0"]
                     .map(String::from)
@@ -172,14 +172,14 @@ mod tests {
     #[test]
     fn an_i440fx_takes_devices_in_any_free_slot() {
         let used: Vec<Value> = (1..30).map(|slot| device(slot, "")).collect();
-        let places = find(machine(0x1237, &used)).unwrap();
+        let slots = find(machine(0x1237, &used)).unwrap();
         assert_eq!(
-            (free(&places), places.count),
+            (free(&slots), slots.count),
             (["pci.0 slot 30", "pci.0 slot 31"].map(String::from).to_vec(), 2)
         );
         // Ports that are meant for views are preferred.
-        let places = find(machine(0x1237, &[port(3, "kvmmem0", &[])])).unwrap();
-        assert_eq!(free(&places), ["kvmmem0 slot 0"]);
+        let slots = find(machine(0x1237, &[port(3, "kvmmem0", &[])])).unwrap();
+        assert_eq!(free(&slots), ["kvmmem0 slot 0"]);
     }
 
     #[test]
@@ -205,9 +205,9 @@ mod tests {
         #[test]
         fn no_slot_is_free_that_something_is_in(slots in proptest::collection::btree_set(1u32..32, 0..31)) {
             let used: Vec<Value> = slots.iter().map(|slot| device(*slot, "")).collect();
-            let places = find(machine(0x1237, &used)).unwrap();
-            prop_assert_eq!(places.count + slots.len(), 31);
-            prop_assert!(places.free.iter().all(|place| !slots.contains(&place.slot)));
+            let found = find(machine(0x1237, &used)).unwrap();
+            prop_assert_eq!(found.count + slots.len(), 31);
+            prop_assert!(found.free.iter().all(|free| !slots.contains(&free.slot)));
         }
     }
 }
