@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(1);
 /// caller for at most [`LIMIT`], and the callers after it not at all until the disk works again.
 #[derive(Debug)]
 pub(super) struct Lines {
-    waiting: SyncSender<Waiting>,
+    waiting: SyncSender<PendingLine>,
     is_stalled: Arc<AtomicBool>,
     /// How many lines were left out since the last that was not.
     lost: AtomicU64,
@@ -41,7 +41,7 @@ pub(super) struct Lines {
 
 /// A line that is to be written, and the channel to the caller that waits for it.
 #[derive(Debug)]
-struct Waiting {
+struct PendingLine {
     line: Vec<u8>,
     written: SyncSender<()>,
 }
@@ -75,7 +75,7 @@ impl Lines {
         let _ = serde_json::to_writer(&mut line, &Line { time: now(), record });
         line.push(b'\n');
         let (written, is_written) = sync_channel(1);
-        if self.waiting.try_send(Waiting { line, written }).is_err() {
+        if self.waiting.try_send(PendingLine { line, written }).is_err() {
             if self.lost.fetch_add(1, Ordering::Relaxed) == 0
                 && let Some(suppressed) = WARNINGS.allow(Instant::now())
             {
@@ -119,8 +119,8 @@ struct Appender {
 }
 
 impl Appender {
-    fn run(mut self, lines: &Receiver<Waiting>) {
-        for Waiting { line, written } in lines {
+    fn run(mut self, lines: &Receiver<PendingLine>) {
+        for PendingLine { line, written } in lines {
             self.write(&line);
             self.is_stalled.store(false, Ordering::Relaxed);
             // The caller may have stopped waiting.

@@ -3,6 +3,7 @@
 
 mod end;
 mod error;
+mod expiry;
 mod grant;
 mod index;
 mod leaving;
@@ -10,7 +11,6 @@ mod list;
 mod table;
 #[cfg(test)]
 mod tests;
-mod upkeep;
 mod use_token;
 mod views;
 

@@ -152,7 +152,7 @@ impl Core {
         self.vms.is_empty()
             && self.peers.is_empty()
             && self.grants.is_empty()
-            && self.revocations.waiting().next().is_none()
+            && self.revocations.pending().next().is_none()
     }
 }
 

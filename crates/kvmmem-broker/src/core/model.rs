@@ -85,12 +85,12 @@ struct Peer {
     /// Targets whose end it was told of.
     gone: BTreeSet<u64>,
     /// What it cannot use for want of files. The broker is told late, in this order.
-    unusable: VecDeque<Lost>,
+    unusable: VecDeque<FailedDelivery>,
 }
 
 /// Something that was opened and cannot be used, and the introduction whose files did not arrive.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Lost {
+struct FailedDelivery {
     target: u64,
     introduction: u64,
     grant: u64,
@@ -254,7 +254,7 @@ impl State {
             }
             Action::Unreceived => {
                 let lost = self.peers.get_mut(&VMM)?.unusable.pop_front()?;
-                let Lost { target, introduction, grant, unusable } = lost;
+                let FailedDelivery { target, introduction, grant, unusable } = lost;
                 // It is over where the grant has ended, or its revocation was confirmed.
                 let is_there = self.core.grants.peers_of(grant).contains(&VMM);
                 let uses = |core: &Core| is_there.then(|| core.grants.uses_left(grant));
@@ -337,7 +337,7 @@ impl State {
     fn can_use(&mut self, peer: u64, target: u64, grant: u64, unusable: Unusable) -> Option<bool> {
         let its = self.peers.get_mut(&peer)?;
         let Some(&introduction) = its.lost.get(&target) else { return Some(true) };
-        its.unusable.push_back(Lost { target, introduction, grant, unusable });
+        its.unusable.push_back(FailedDelivery { target, introduction, grant, unusable });
         Some(false)
     }
 
@@ -393,7 +393,7 @@ impl State {
         }
         // Each revocation can end: it waits for peers that are there, and have to confirm it or to
         // close what they have.
-        for (number, grant, peers) in self.core.revocations.waiting() {
+        for (number, grant, peers) in self.core.revocations.pending() {
             assert!(self.revoking.get(&number) == Some(&grant));
             for peer in peers {
                 let its = self.peers.get(peer);

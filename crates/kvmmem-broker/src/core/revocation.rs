@@ -24,12 +24,12 @@ pub(crate) struct Revocation {
 /// The revocations that have begun and not ended, by number.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Revocations {
-    waiting: BTreeMap<u64, Waiting>,
+    pending: BTreeMap<u64, PendingRevocation>,
     last: u64,
 }
 
 #[derive(Clone, Debug)]
-struct Waiting {
+struct PendingRevocation {
     grant: u64,
     peers: BTreeSet<u64>,
     /// Peers whose connection has ended without a confirmation.
@@ -40,33 +40,33 @@ impl Revocations {
     pub(super) fn begin(&mut self, grant: u64, affected: RevokedGrant) -> Revocation {
         let RevokedGrant { target, peers, views } = affected;
         self.last += 1;
-        self.waiting.insert(self.last, Waiting { grant, peers: peers.clone(), lost: 0 });
+        self.pending.insert(self.last, PendingRevocation { grant, peers: peers.clone(), lost: 0 });
         Revocation { number: self.last, target, peers, views }
     }
 
     pub(super) fn is_done(&self, number: u64) -> bool {
-        self.waiting.get(&number).is_none_or(|waiting| waiting.peers.is_empty())
+        self.pending.get(&number).is_none_or(|one| one.peers.is_empty())
     }
 
     /// Ends a revocation; returns how many peers have not confirmed.
     pub(super) fn end(&mut self, number: u64) -> usize {
-        self.waiting.remove(&number).map_or(0, |waiting| waiting.peers.len() + waiting.lost)
+        self.pending.remove(&number).map_or(0, |one| one.peers.len() + one.lost)
     }
 
     pub(super) fn confirm(&mut self, grant: u64, peer: u64) {
-        for waiting in self.waiting.values_mut().filter(|waiting| waiting.grant == grant) {
-            waiting.peers.remove(&peer);
+        for one in self.pending.values_mut().filter(|one| one.grant == grant) {
+            one.peers.remove(&peer);
         }
     }
 
     pub(super) fn peer_lost(&mut self, peer: u64) {
-        for waiting in self.waiting.values_mut() {
-            waiting.lost += usize::from(waiting.peers.remove(&peer));
+        for one in self.pending.values_mut() {
+            one.lost += usize::from(one.peers.remove(&peer));
         }
     }
 
     #[cfg(test)]
-    pub(super) fn waiting(&self) -> impl Iterator<Item = (u64, u64, &BTreeSet<u64>)> {
-        self.waiting.iter().map(|(number, waiting)| (*number, waiting.grant, &waiting.peers))
+    pub(super) fn pending(&self) -> impl Iterator<Item = (u64, u64, &BTreeSet<u64>)> {
+        self.pending.iter().map(|(number, one)| (*number, one.grant, &one.peers))
     }
 }

@@ -28,13 +28,13 @@ const LOOK: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct TokenView {
     pub(super) view: Arc<View>,
-    listed: Mutex<Listed>,
+    listed: Mutex<ListedTokens>,
     /// Of the introspector's thread, which looks at the marks while tokens are listed.
     inbox: Arc<Inbox>,
 }
 
 #[derive(Debug)]
-struct Listed {
+struct ListedTokens {
     list: TokenList,
     tokens: Vec<ListedToken>,
 }
@@ -52,7 +52,7 @@ impl TokenView {
     /// The view with an empty list; `None` where it has no page.
     pub(super) fn new(view: Arc<View>, inbox: Arc<Inbox>) -> Option<Self> {
         let page = lock(&view.pages).as_ref()?.files().first().map(Arc::clone)?;
-        let listed = Listed { list: TokenList::new(page), tokens: Vec::new() };
+        let listed = ListedTokens { list: TokenList::new(page), tokens: Vec::new() };
         Some(Self { view, listed: Mutex::new(listed), inbox })
     }
 
@@ -109,7 +109,7 @@ impl TokenView {
     }
 }
 
-impl Listed {
+impl ListedTokens {
     /// Withdraws the tokens that `is_meant` picks; returns those that the driver has used.
     fn remove(&mut self, is_meant: impl Fn(&ListedToken, &TokenList) -> bool) -> Vec<Token> {
         let mut used = Vec::new();

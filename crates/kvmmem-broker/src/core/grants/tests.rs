@@ -105,7 +105,7 @@ fn attach(
 
 /// What is known of a grant, for ever.
 #[derive(Clone, Debug)]
-struct Known {
+struct GrantModel {
     token: u64,
     target: u64,
     holder: Holder,
@@ -119,7 +119,7 @@ struct Known {
     is_operator: bool,
 }
 
-impl Known {
+impl GrantModel {
     /// The connections that have something by it.
     fn peers(&self) -> BTreeSet<u64> {
         let mut peers: BTreeSet<u64> =
@@ -161,17 +161,17 @@ impl Known {
 
 #[derive(Default)]
 struct Model {
-    grants: Vec<Known>,
+    grants: Vec<GrantModel>,
     clock_ms: u64,
 }
 
 impl Model {
-    fn grant(&mut self, id: u64) -> Option<&mut Known> {
+    fn grant(&mut self, id: u64) -> Option<&mut GrantModel> {
         self.grants.get_mut(usize::try_from(id - 1).unwrap()).filter(|grant| !grant.removed)
     }
 
     /// The grant that a token opens for a connection, and its number.
-    fn usable(&mut self, token: u64, by: u64) -> Result<(u64, &mut Known), UseError> {
+    fn usable(&mut self, token: u64, by: u64) -> Result<(u64, &mut GrantModel), UseError> {
         let clock_ms = self.clock_ms;
         let mut found = (1..).zip(&mut self.grants);
         let (id, grant) = found
@@ -213,7 +213,7 @@ proptest! {
                         by: BY,
                     };
                     let id = grants.mint(now, token(name), terms).unwrap();
-                    model.grants.push(Known {
+                    model.grants.push(GrantModel {
                         token: name,
                         target,
                         holder,
@@ -539,7 +539,7 @@ fn who_ends_many_grants_pushes_no_others_off_the_list() {
     }
     grants.advance(now);
     assert_eq!(grants.len(), (MAX_LEAVING, 0));
-    assert!(grants.revoke(now, kvmi).is_some(), "the page that it mapped can still be taken back");
+    assert!(grants.revoke(now, kvmi).is_some(), "the page that it mapped can still be revoked");
 }
 
 /// The token of a use that may be returned is kept, and no longer.

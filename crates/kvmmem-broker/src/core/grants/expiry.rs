@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Keeps the table's indexes and limits as the grants are.
+//! Removal of closed views and expired grants, and the indexes and limits that follow from it.
 
 use std::time::Instant;
 
