@@ -377,10 +377,10 @@ fn an_introspector_that_is_removed_can_be_added_again() {
     assert!(pair.broker.grants().iter().all(|grant| grant.views.is_empty()));
     // Its connection is closed by then, or soon, and a QEMU serves one.
     wait_for("it to be added again", || add(&pair.broker, &pair.qemu).is_ok());
-    let successor = pair.broker.service.introspector(CID).unwrap();
-    assert!(!Arc::ptr_eq(&successor, &pair.introspector));
+    let added_again = pair.broker.service.introspector(CID).unwrap();
+    assert!(!Arc::ptr_eq(&added_again, &pair.introspector));
     assert!(matches!(pair.open(), Err(OpenError::Token { .. } | OpenError::Ask(_))));
-    drop(open(&pair.broker, &successor).unwrap());
+    drop(open(&pair.broker, &added_again).unwrap());
     pair.broker.admin().remove_introspector("fake").unwrap();
     assert!(pair.broker.service.introspector(CID).is_none());
 }

@@ -27,7 +27,7 @@ pub fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<
     find_among(vms, others, pids)
 }
 
-/// Looks at each process once, for all VMs, and at none where no VM can have a successor.
+/// Looks at each process once, for all VMs, and at none where no VM has RAM to hand over.
 fn find_among<P: Iterator<Item = u32>>(
     vms: &[Vec<(FileId, Region)>],
     others: &HashSet<u32>,
@@ -47,7 +47,7 @@ fn find_among<P: Iterator<Item = u32>>(
             found.is_none() && !ram.is_empty() && ram.iter().all(has)
         };
         let Some(place) = vms.iter().zip(&found).position(is_its) else { continue };
-        // A process that has ended is not a successor: its number may be another process's by now.
+        // A process that has ended is not the new QEMU: its number may be another process's by now.
         if process.is_alive()
             && let Some(place) = found.get_mut(place)
         {

@@ -64,26 +64,26 @@ impl Service {
             .collect();
         let others = self.broker().vms().iter().map(|vm| vm.peer().credentials().pid).collect();
         let rams: Vec<_> = vms.iter().map(|(vm, _)| ram(vm)).collect();
-        let successors = live_update::find(&rams, &others);
-        for ((vm, ended), successor) in vms.into_iter().zip(successors) {
-            match successor {
-                Some(successor) => self.taken_over(&vm, ended, successor),
+        let new_qemus = live_update::find(&rams, &others);
+        for ((vm, ended), new_qemu) in vms.into_iter().zip(new_qemus) {
+            match new_qemu {
+                Some(new_qemu) => self.taken_over(&vm, ended, new_qemu),
                 None => self.broker().retire(&vm),
             }
         }
     }
 
     /// Follows a VM to the process that has taken it over.
-    fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: WatchedVmm, successor: Process) {
+    fn taken_over(self: &Arc<Self>, vm: &Arc<Vm>, ended: WatchedVmm, new_qemu: Process) {
         let former = vm.peer().credentials();
         let credentials =
-            Credentials { pid: successor.pid(), uid: successor.uid().unwrap_or(former.uid) };
-        let socket = ended.monitor.and_then(|_| attach::command_line(&successor).ok()?.qmp);
+            Credentials { pid: new_qemu.pid(), uid: new_qemu.uid().unwrap_or(former.uid) };
+        let socket = ended.monitor.and_then(|_| attach::command_line(&new_qemu).ok()?.qmp);
         vm.peer().replaced(credentials);
         self.broker().tables().core.vm_moved(vm.id(), credentials);
         self.broker().audit().write(Event::TakenOver { vm, former });
         let monitor = socket.clone().map(|path| Socket { path, listener: None, qmp: None });
-        if let Err(error) = self.watch(ended.vm, successor.into_pidfd(), monitor) {
+        if let Err(error) = self.watch(ended.vm, new_qemu.into_pidfd(), monitor) {
             tracing::error!(%error, vm = ended.vm, "cannot watch the VMM that has taken over");
             return self.broker().retire(vm);
         }
