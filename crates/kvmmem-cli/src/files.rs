@@ -57,7 +57,7 @@ struct FileLine<'a> {
 }
 
 /// Processes with their files.
-type Found = Vec<(Task, Vec<OpenFile>)>;
+type ProcessFiles = Vec<(Task, Vec<OpenFile>)>;
 
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
@@ -69,7 +69,7 @@ impl Arguments {
         self.guest.end(damage)
     }
 
-    fn find(&self, kernel: &Kernel<'_>) -> Result<(Found, Damage)> {
+    fn find(&self, kernel: &Kernel<'_>) -> Result<(ProcessFiles, Damage)> {
         let Listing { rows: mut tasks, lost } = collect(|| Tasks::new(kernel, Which::Processes))
             .context("cannot list the processes")?;
         for pid in &self.pid {
@@ -86,7 +86,7 @@ impl Arguments {
         }
         tasks.retain(|task| self.pid.is_empty() || self.pid.contains(&task.pid));
         let files = Files::new(kernel)?;
-        let (mut found, mut cut) = (Found::new(), 0);
+        let (mut found, mut cut) = (ProcessFiles::new(), 0);
         for task in tasks {
             match collect(|| Ok(std::iter::once(files.of(&task)))) {
                 Ok(open) => {

@@ -66,7 +66,7 @@ struct Parts<'a> {
     machine: Machine,
     views: u64,
     /// Guest-physical addresses for one view's windows, bytes.
-    room: u64,
+    reserve: u64,
     cid: u32,
     qmp: &'a Path,
 }
@@ -91,14 +91,14 @@ impl Arguments {
             format!("/run/{}.qmp", self.name)
         };
         let qmp = self.qmp.clone().unwrap_or_else(|| default.into());
-        let Some(room) = room(self.memory) else { bail!("no windows are that large") };
+        let Some(reserve) = reserve(self.memory) else { bail!("no windows are that large") };
         let parts =
-            Parts { machine: self.machine, views: self.views, room, cid: self.cid, qmp: &qmp };
-        if parts.all_room() > FITS_IN_40_BITS {
+            Parts { machine: self.machine, views: self.views, reserve, cid: self.cid, qmp: &qmp };
+        if parts.total_reserve() > FITS_IN_40_BITS {
             tracing::warn!(
                 "{} of windows need more guest-physical addresses than some virtual processors have: \
                  -cpu host,host-phys-bits=on (libvirt: <maxphysaddr mode='passthrough'/> within <cpu>)",
-                size(parts.all_room())
+                size(parts.total_reserve())
             );
         }
         match (self.libvirt, output.is_json()) {
@@ -124,11 +124,11 @@ impl Parts<'_> {
             Machine::Q35 => {
                 for number in 0..self.views {
                     let chassis = FIRST_CHASSIS + number;
-                    let room = qemu_size(self.room);
+                    let reserve = qemu_size(self.reserve);
                     add(
                         "-device",
                         format!(
-                            "pcie-root-port,id=kvmmem{number},chassis={chassis},pref64-reserve={room}"
+                            "pcie-root-port,id=kvmmem{number},chassis={chassis},pref64-reserve={reserve}"
                         ),
                     );
                 }
@@ -136,7 +136,7 @@ impl Parts<'_> {
             Machine::Pc => {
                 add(
                     "-global",
-                    format!("i440FX-pcihost.pci-hole64-size={}", qemu_size(self.all_room())),
+                    format!("i440FX-pcihost.pci-hole64-size={}", qemu_size(self.total_reserve())),
                 );
             }
         }
@@ -145,16 +145,16 @@ impl Parts<'_> {
         arguments
     }
 
-    /// Room for all views, bytes.
-    fn all_room(&self) -> u64 {
-        self.room.saturating_mul(self.views)
+    /// For the windows of all views, bytes.
+    fn total_reserve(&self) -> u64 {
+        self.reserve.saturating_mul(self.views)
     }
 }
 
 /// The guest-physical addresses that the windows on a target of so many bytes need. They are powers
 /// of two, lie at multiples of their size, and are together at most the next power of two; twice as
-/// much has room for them wherever it begins, and for the descriptor's page.
-fn room(memory: u64) -> Option<u64> {
+/// much holds them wherever it begins, and for the descriptor's page.
+fn reserve(memory: u64) -> Option<u64> {
     memory.max(1 << 20).checked_next_power_of_two()?.checked_mul(2)
 }
 

@@ -178,7 +178,7 @@ fn check_guest_endpoint(answer: Result<(), GuestEndpointError>) -> Check {
             let cause = source.map_or_else(String::new, |source| format!(": {source}"));
             let detail = match &error {
                 GuestEndpointError::Connect { port, .. } => {
-                    format!("nobody answers at the host's vsock port {port}")
+                    format!("nothing answers at the host's vsock port {port}")
                 }
                 error => error.to_string(),
             };

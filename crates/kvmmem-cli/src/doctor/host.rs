@@ -144,7 +144,7 @@ fn check_broker(socket: &Path) -> Vec<Check> {
             );
             let introspectors = vms.iter().filter(|vm| vm.identity.introspector);
             let rooms = introspectors
-                .filter_map(|vm| check_room(vm, admin.free_slots(&vm.identity.uuid.to_string())));
+                .filter_map(|vm| check_slots(vm, admin.free_slots(&vm.identity.uuid.to_string())));
             std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
         }
         Err(error) => {
@@ -169,11 +169,11 @@ fn broker_remedy(error: &ClientError) -> &'static str {
 }
 
 /// How many views an introspector under a stock QEMU can still open; `None` for other VMs.
-fn check_room(vm: &TargetInfo, room: Result<FreeSlots, ClientError>) -> Option<Check> {
+fn check_slots(vm: &TargetInfo, slots: Result<FreeSlots, ClientError>) -> Option<Check> {
     const NAME: &str = "introspector";
     let cid = vm.identity.cid.map_or_else(|| "none".to_owned(), |cid| cid.to_string());
     let who = format!("{}, context id {cid}", vm.identity.name);
-    Some(match room {
+    Some(match slots {
         Ok(FreeSlots { retired, .. }) if !retired.is_empty() => Check::warn(
             NAME,
             format!(
@@ -224,18 +224,18 @@ mod tests {
     #[test]
     fn introspectors_without_a_free_place_are_told() {
         let vm = TargetInfo { memory_bytes: 0, ..crate::registered::example("lion") };
-        let check = check_room(&vm, Ok(slots(1, &[]))).unwrap();
+        let check = check_slots(&vm, Ok(slots(1, &[]))).unwrap();
         assert_eq!(
             (check.status, check.detail.as_str()),
             (Status::Ok, "lion, context id 3: 1 of 2 places for views are free")
         );
-        assert!(check_room(&vm, Ok(slots(0, &[]))).unwrap().remedy.unwrap().contains("--views"));
-        let retired = check_room(&vm, Ok(slots(1, &["kvmmem0"]))).unwrap();
+        assert!(check_slots(&vm, Ok(slots(0, &[]))).unwrap().remedy.unwrap().contains("--views"));
+        let retired = check_slots(&vm, Ok(slots(1, &["kvmmem0"]))).unwrap();
         assert!(retired.detail.contains("kvmmem0") && retired.remedy.unwrap().contains("reset"));
         let refused =
             |refusal| Err(ClientError::Refused { refusal, message: "no QEMU".to_owned() });
-        assert!(check_room(&vm, refused(Refusal::Denied)).is_none());
-        let silent = check_room(&vm, refused(Refusal::Busy)).unwrap();
+        assert!(check_slots(&vm, refused(Refusal::Denied)).is_none());
+        let silent = check_slots(&vm, refused(Refusal::Busy)).unwrap();
         assert!(silent.status == Status::Warn && silent.detail.contains("no QEMU"), "{silent:?}");
     }
 

@@ -321,8 +321,8 @@ fn a_refused_tool_s_file_that_takes_long_to_close_holds_up_no_other() {
     std::thread::scope(|scope| {
         let tools = &mut proxy.tools;
         // Only root may connect.
-        let stranger = Credentials { pid: std::process::id(), uid: u32::MAX - 1 };
-        scope.spawn(move || done.send(tools.admit_as(theirs, stranger)).unwrap());
+        let unknown = Credentials { pid: std::process::id(), uid: u32::MAX - 1 };
+        scope.spawn(move || done.send(tools.admit_as(theirs, unknown)).unwrap());
         let refused = is_done.recv_timeout(PATIENCE);
         drop(peer);
         refused.expect("it was closed at once").unwrap();

@@ -21,7 +21,7 @@ impl Parts<'_> {
                 }
             }
             Machine::Pc => {
-                let kib = self.all_room() >> 10;
+                let kib = self.total_reserve() >> 10;
                 xml.push("  <controller type='pci' index='0' model='pci-root'>".to_owned());
                 xml.push(format!("    <pcihole64 unit='KiB'>{kib}</pcihole64>"));
                 xml.push("  </controller>".to_owned());
@@ -41,7 +41,7 @@ impl Parts<'_> {
                 xml.push(format!("    <qemu:device alias='{}'>", port(number)));
                 xml.push("      <qemu:frontend>".to_owned());
                 let property = "        <qemu:property name='pref64-reserve' type='unsigned'";
-                xml.push(format!("{property} value='{}'/>", self.room));
+                xml.push(format!("{property} value='{}'/>", self.reserve));
                 xml.push("      </qemu:frontend>".to_owned());
                 xml.push("    </qemu:device>".to_owned());
             }

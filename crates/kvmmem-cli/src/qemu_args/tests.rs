@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn parts(machine: Machine, views: u64, memory: u64, qmp: &Path) -> Parts<'_> {
-    Parts { machine, views, room: room(memory).unwrap(), cid: 42, qmp }
+    Parts { machine, views, reserve: reserve(memory).unwrap(), cid: 42, qmp }
 }
 
 #[test]
@@ -74,13 +74,13 @@ fn xml_is_well_formed_but_for_the_domains_end() {
 proptest! {
     /// Windows in the order of their size, the largest first, as a guest's kernel places them.
     #[test]
-    fn a_room_has_place_for_all_windows(
+    fn a_reserve_holds_all_windows(
         pieces in proptest::collection::vec(20u32..36, 1..14),
         start in 0u64..1 << 20,
     ) {
         let mut pieces: Vec<u64> = pieces.into_iter().map(|shift| 1 << shift).collect();
         pieces.sort_unstable_by(|a, b| b.cmp(a));
-        let room = room(pieces.iter().sum()).unwrap();
+        let reserve = reserve(pieces.iter().sum()).unwrap();
         // Bridges begin at multiples of 1 MiB.
         let start = start << 20;
         let mut end = start;
@@ -88,7 +88,7 @@ proptest! {
             end = end.next_multiple_of(piece) + piece;
         }
         // And the descriptor's page.
-        prop_assert!(end + 4096 <= start + room);
+        prop_assert!(end + 4096 <= start + reserve);
     }
 }
 
