@@ -165,7 +165,7 @@ fn a_scope_is_all_that_is_seen() {
 }
 
 #[test]
-fn a_grant_that_is_taken_back_ends_the_view_whatever_the_tool_does() {
+fn a_revoked_grant_ends_the_view_of_any_tool() {
     let host = Host::start();
     let (view, grant) = host.view(Rights::ReadWrite);
     let mapping = view.map(Range { gpa: 0, len: 4 * PAGE }).unwrap();

@@ -86,7 +86,7 @@ fn a_view_is_shown_in_both_forms() {
 }
 
 #[test]
-fn a_held_view_is_listed_told_of_and_taken_back() {
+fn a_held_view_is_listed_reported_and_revoked() {
     let host = host();
     let (grant, token) = host.grant(&["--label", "held"]);
     let mut view = Running::start(&host, &token, &["attach", "--hold", "--json"]);

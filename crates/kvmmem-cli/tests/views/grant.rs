@@ -7,7 +7,7 @@ use crate::common::UUID;
 use crate::host;
 
 #[test]
-fn a_grant_is_printed_listed_and_taken_back() {
+fn a_grant_is_printed_listed_and_revoked() {
     let host = host();
     assert_eq!(host.ask(&["grant", "list"]), "there are no grants\n");
     let text = host.ask(&["grant", "create", "victim"]);

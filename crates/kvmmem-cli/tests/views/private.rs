@@ -30,7 +30,7 @@ fn a_scan_finds_what_a_dump_holds() {
 }
 
 #[test]
-fn changes_are_told_until_the_grant_is_taken_back() {
+fn changes_are_reported_until_the_grant_is_revoked() {
     let host = Host::start_private(&REGIONS);
     let (grant, token) = host.grant(&[]);
     let mut watch = Running::start(&host, &token, &["watch", "0x1000", "16", "--interval", "10ms"]);

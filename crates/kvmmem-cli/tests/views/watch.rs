@@ -30,7 +30,7 @@ fn changes_are_told_as_lines() {
 }
 
 #[test]
-fn changes_are_told_as_objects_until_the_grant_is_taken_back() {
+fn changes_are_reported_as_objects_until_the_grant_is_revoked() {
     let host = host();
     let (grant, token) = host.grant(&[]);
     let mut watch =

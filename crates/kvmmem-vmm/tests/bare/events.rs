@@ -30,7 +30,7 @@ fn when_searched(tokens: &OneToken, event: impl FnOnce(&dyn TargetEvents)) {
 type Event = fn(&dyn TargetEvents);
 
 #[test]
-fn what_is_taken_back_turns_into_poison_while_the_guest_uses_it() {
+fn revoked_memory_turns_into_poison_while_the_guest_uses_it() {
     const PAGE: u64 = 0x60_0000;
     let cases: [(&str, Event, u32); 3] = [
         ("revoked", |events| assert!(events.revoke(1)), STATE_REVOKED),
