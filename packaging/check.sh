@@ -160,7 +160,7 @@ serve() {
 	test ! -e "$socket"
 }
 
-# Root may connect, and whoever is in the group where the socket is its own; others may not.
+# Root may connect, and the members of the group that owns the socket; other users may not.
 answers() {
 	kvmmem target list
 	fails kvmmem hook add nobody vsock:3:1
@@ -168,7 +168,7 @@ answers() {
 	fails setpriv --reuid nobody --clear-groups kvmmem target list
 }
 
-# Somebody else's VM, of which nothing is anybody else's to read but by the unit's capabilities.
+# Another user's VM, which kvmmemd can read only with its unit's capabilities.
 attaches() {
 	mkdir -p "$here/vmm"
 	cc -Wall -Wextra -Werror -o "$here/vmm/qemu-system-x86_64" "$here/fake_vmm.c"
@@ -221,7 +221,7 @@ activated() {
 	kill "$pid"
 	wait "$pid"
 	grep listening "$here/kvmmemd.log"
-	# Whoever made the socket removes it.
+	# kvmmemd leaves a socket that was passed to it.
 	rm "$socket"
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 // Looks like a QEMU that has run its guest's firmware: 32 MiB of RAM in a sealed memfd that is mapped shared, and ACPI
-// tables in it. The check of the packages runs it as somebody else's VM. Its name and arguments are what the broker
+// tables in it. The check of the packages runs it as another user's VM. Its name and arguments are what the broker
 // reads; it ends by a signal.
 #define _GNU_SOURCE
 #include <fcntl.h>

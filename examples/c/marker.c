@@ -150,7 +150,7 @@ static int accept_target(uint32_t port)
 	if (fd < 0)
 		fail("accept");
 	if (peer.svm_cid != VMADDR_CID_HOST)
-		fail_plain("somebody else than the host connected");
+		fail_plain("a peer other than the host connected");
 	close(listener);
 	return fd;
 }

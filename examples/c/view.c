@@ -32,7 +32,7 @@
 /* What of the target is mapped at a time: a multiple of 2 MiB, so that faults map that much. */
 #define PIECE (32UL << 20)
 
-/* A page that was taken back, or that the target no longer has, raises SIGBUS. */
+/* A page whose grant was revoked, or that the target no longer has, raises SIGBUS. */
 static void lost(int signal)
 {
 	static const char message[] = "the target's memory is no longer there\n";

@@ -30,7 +30,7 @@ fuzz_target!(|bytes: &[u8]| {
             check(layout::by_rules(low, sizes.unwrap_or_else(|| vec![size])));
         }
     }
-    // The view that QEMU says, whatever it has for memory in it being RAM.
+    // The view as QEMU reports it, with all of its memory taken for RAM.
     let view = format!("FlatView #0\n AS \"memory\", root: system\n{text}");
     let Ok(view) = mtree::parse(&view) else { return };
     let mut backends: Vec<MemoryBackend> = Vec::new();

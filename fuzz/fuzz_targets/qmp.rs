@@ -32,7 +32,7 @@ fuzz_target!(|bytes: &[u8]| {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, _) = listener.accept().expect("a connection");
-            // Whoever closes first is right to do so.
+            // Either side may close first.
             let _ = stream.write_all(GREETING).and_then(|()| stream.write_all(bytes));
             let _ = stream.shutdown(Shutdown::Write);
             let _ = std::io::copy(&mut stream, &mut std::io::sink());

@@ -33,7 +33,7 @@ static void tell(int i)
 	plug_ends(HEAD_A);
 }
 
-static void take_back(void)
+static void restore_page(void)
 {
 	plug_begins(HEAD_A);
 	page_of(HEAD_A)->version = KVMMEM_DESCRIPTOR_VERSION;
@@ -53,7 +53,7 @@ static void when_plugged_in(void)
 		CHECK_EQUAL(plug_complaint(HEAD_A), KVMMEM_COMPLAINT_INVALID);
 		CHECK_EQUAL(page_of(HEAD_A)->seen_generation, 0);
 		CHECK_REFUSED(attach(fd, 0, 0), ENOENT);
-		take_back();
+		restore_page();
 	}
 	close(fd);
 }
@@ -65,7 +65,7 @@ static void when_open(void)
 		CHECK(plug_is_seen(HEAD_A));
 		check_end(FIRST, tell, i);
 		CHECK_EQUAL(plug_complaint(HEAD_A), KVMMEM_COMPLAINT_INVALID);
-		take_back();
+		restore_page();
 	}
 }
 

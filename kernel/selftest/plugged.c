@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A view that comes as PCI devices: shown, changed, taken back. */
+/* A view that comes as PCI devices: shown, changed, revoked. */
 #define _GNU_SOURCE
 #include <poll.h>
 #include <signal.h>
@@ -71,7 +71,7 @@ static void mapped(int fd)
 	CHECK_EQUAL(*shared(FIRST_AT + PAGE), 4711);
 	*(volatile unsigned long *)(p + PAGE) = shared_content(FIRST + PAGE);
 	CHECK_EQUAL(*shared(FIRST_AT + PAGE), shared_content(FIRST + PAGE));
-	/* The host has made this window read-only, whatever the page says. */
+	/* The host has made this window read-only, even where the page says otherwise. */
 	CHECK_EQUAL(pwrite(fd, &number, 8, SECOND), 8);
 	*(volatile unsigned long *)(p + SECOND - FIRST) = 4711;
 	CHECK_EQUAL(*shared(SECOND_AT), shared_content(SECOND));
@@ -170,7 +170,7 @@ static void ended(unsigned int state, int error)
 	close(fd);
 }
 
-/* libkvmi's regions work on whatever view there is. */
+/* libkvmi's regions work on every kind of view. */
 static void as_regions(void)
 {
 	struct kvm_guest_mem_map region = { .gpa = FIRST + 5 * PAGE };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A host that refuses to undo: the page is kept, whatever happens to file and process. */
+/* A host that refuses to undo: the page is kept, even after the file is closed and the process has ended. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 #include <unistd.h>

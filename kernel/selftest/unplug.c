@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A view whose PCI devices go: the host unplugs them, or somebody unbinds them from the driver. */
+/* A view whose PCI devices go: the host unplugs them, or root unbinds them from the driver. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>

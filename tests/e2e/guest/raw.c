@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 /*
- * kvmmem-raw: does to /dev/kvmmem whatever it is told, right or wrong.
+ * kvmmem-raw: does to /dev/kvmmem what each command says, right or wrong.
  *
  * The scenarios drive it line by line over its standard input; each command is
  * answered by one line, "ok [VALUE]", "errno NAME" or "signal NAME". It uses kvmmem.h alone, as

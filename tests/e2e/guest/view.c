@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 /*
- * kvmmem-view: does to a view on /dev/kvmmem whatever it is told, right or wrong.
+ * kvmmem-view: does to a view on /dev/kvmmem what each command says, right or wrong.
  *
  * Driven like kvmmem-raw, line by line; each command is answered by one line: "ok [VALUES]", "errno NAME", or
  * "signal NAME" where a load or a store raised one. It uses kvmmem.h and POSIX alone, and checks nothing.
@@ -32,7 +32,7 @@
  *   region SLOT open UUID | map GPA T0 T1 T2 T3 -> ok GPA LEN | unmap GPA        libkvmi's calls
  *   fdinfo SLOT NAME            -> ok VALUE
  *   poke GPA TARGET_GPA VALUE COUNT               writes a view's window through /dev/mem COUNT times, each right after
- *                                                 a page fault, whatever its rights: GPA is its descriptor's page
+ *                                                 a page fault, with any rights: GPA is its descriptor's page
  *   ask PORT ro|rw TOKEN        -> ok SLOT TICKET has the host open a view; it lasts until the slot is closed
  *   first PORT TOKEN GPA        -> ok MICROSECONDS    open, attach and 8 bytes of pread, and ends it all
  *   bars                        -> ok COUNT BYTES     the windows that came as PCI devices

@@ -32,7 +32,7 @@ struct kvmi_mem_map {
 };
 
 #define KVM_INTRO_MEM_MAP	_IOW('i', 0x01, struct kvmi_mem_map)
-/* The argument is the gva itself, not a pointer to it. 8 bytes, whatever a long is. */
+/* The argument is the gva itself, not a pointer to it. 8 bytes, also where a long has 4. */
 #define KVM_INTRO_MEM_UNMAP	_IOW('i', 0x02, __u64)
 
 /* The region that holds gpa. In: token, gpa. Out: gpa, the region's first, and its length. */
@@ -91,7 +91,7 @@ struct kvmmem_ranges {
 };
 
 #define KVMMEM_STATE_OPEN	1
-#define KVMMEM_STATE_REVOKED	2	/* the grant was taken back */
+#define KVMMEM_STATE_REVOKED	2	/* the grant was revoked */
 #define KVMMEM_STATE_GONE	3	/* the target or its host's service is gone */
 #define KVMMEM_RIGHT_READ	(1U << 0)
 #define KVMMEM_RIGHT_WRITE	(1U << 1)
