@@ -207,19 +207,23 @@ fn model(cache: &Cache, suite: &mut Suite) -> Result<()> {
     suite.cargo_test(&log, result)
 }
 
-/// Every interleaving of the races, where a crate has such tests.
+/// Every interleaving of the races, where a crate has such tests: by its interface, or of its own parts.
 fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
+    const TESTS: [(&str, &[&str]); 2] =
+        [("tests/loom.rs", &["--test", "loom"]), ("src/loom_tests.rs", &["--lib", "loom_tests::"])];
     let mut crates: Vec<_> =
         fs::read_dir(project::root().join("crates"))?.collect::<io::Result<_>>()?;
     crates.sort_by_key(fs::DirEntry::file_name);
-    for entry in crates.iter().filter(|entry| entry.path().join("tests/loom.rs").exists()) {
+    let tests = crates.iter().flat_map(|entry| TESTS.map(|(file, args)| (entry, file, args)));
+    for (entry, _, args) in tests.filter(|(entry, file, _)| entry.path().join(file).exists()) {
         let name = entry.file_name().to_string_lossy().into_owned();
         let log = cache.fresh_log(&format!("loom-{name}"))?;
         // Flags of its own would rebuild everything else each time.
         let target = project::target(&log)?.join("loom");
         let result = ui::step(&format!("loom tests of {name}"), || {
             Tool::new(project::cargo(), &log)
-                .args(["test", "--release", "--package", &name, "--test", "loom"])
+                .args(["test", "--release", "--package", &name])
+                .args(args)
                 .env("RUSTFLAGS", "--cfg loom")
                 .env("CARGO_TARGET_DIR", &target)
                 .dir(project::root())

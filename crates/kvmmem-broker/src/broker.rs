@@ -10,8 +10,8 @@ mod vms;
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
@@ -26,7 +26,7 @@ use crate::core::quota::QuotaError;
 use crate::peer::Peer;
 use crate::registry::Vm;
 use crate::state::State;
-use crate::sync::{lock, wait_while};
+use crate::sync::checked::{Condvar, Mutex, MutexGuard, lock, wait_while};
 use crate::tables::{Pending, Tables};
 
 /// The core under its lock, with the handles that go with its numbers.

@@ -23,7 +23,7 @@ use crate::core::revocation::Revocation;
 use crate::core::views::NewView;
 use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
 use crate::registry::Vm;
-use crate::sync::wait_while;
+use crate::sync::checked::wait_while;
 use crate::tables::Tables;
 
 /// How long confirmations are waited for.

@@ -22,6 +22,8 @@ mod external;
 mod guest_endpoint;
 mod hook;
 mod introspector;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod options;
 mod outbox;
 mod peer;

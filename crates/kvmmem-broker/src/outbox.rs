@@ -6,17 +6,20 @@
 //! order. Its lock is taken before the core's, never while that is held.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use crate::core::effect::Push;
 use crate::ram::Ram;
-use crate::sync::lock;
+use crate::sync::checked::{Mutex, MutexGuard, lock};
 
 /// The most pushes that wait. A peer with more of them does not read.
 const MAX: usize = 16 * 1024;
 
 /// A push, and the RAM whose files go with it.
 pub(crate) type Packet = (Push, Option<Arc<Ram>>);
+
+/// Held while pushes are sent.
+pub(crate) type Sending<'a> = MutexGuard<'a, ()>;
 
 /// The pushes that wait to be sent.
 #[derive(Debug, Default)]
@@ -51,12 +54,12 @@ impl Outbox {
     }
 
     /// Keeps others from sending.
-    pub(crate) fn sending(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn sending(&self) -> Sending<'_> {
         lock(&self.sending)
     }
 
     /// Takes the next push out; its caller holds [`Self::sending`].
-    pub(crate) fn take(&self, _sending: &MutexGuard<'_, ()>) -> Option<QueueHead> {
+    pub(crate) fn take(&self, _sending: &Sending<'_>) -> Option<QueueHead> {
         let mut waiting = self.lock();
         if waiting.has_overflowed {
             return Some(QueueHead::Overflow);

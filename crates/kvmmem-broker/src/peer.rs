@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use crate::audit::limits::Limits;
 use crate::core::effect::Push;
 use crate::core::limits::KVMI_LIFETIME;
-use crate::outbox::{Outbox, Packet, QueueHead};
+use crate::outbox::{Outbox, Packet, QueueHead, Sending};
 use crate::ram::Ram;
 use crate::sync::lock;
 use crate::vmm_questions::VmmQuestions;
@@ -235,7 +235,7 @@ impl Peer {
     ///
     /// # Errors
     /// The number of the target that the peer was not told of, if it was that.
-    pub(crate) fn flush_held(&self, sending: &MutexGuard<'_, ()>) -> Result<(), NotSent> {
+    pub(crate) fn flush_held(&self, sending: &Sending<'_>) -> Result<(), NotSent> {
         let mut sent = Ok(());
         while let Some(next) = self.outbox.take(sending) {
             let QueueHead::Packet(packet) = next else {

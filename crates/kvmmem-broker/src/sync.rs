@@ -4,6 +4,8 @@
 //! Nothing in this crate leaves what a lock guards half changed, so a lock that a panic has poisoned
 //! is as good as before.
 
+pub(crate) mod checked;
+
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
