@@ -292,7 +292,9 @@ impl Workers {
         if pool.is_ended {
             return;
         }
-        if pool.next(self.0.share, Instant::now()).is_none() {
+        // Threads that were just started may all wait for more work before there is room for paths.
+        let is_full = pool.idle.is_empty() && pool.threads >= self.0.most;
+        if is_full || pool.next(self.0.share, Instant::now()).is_none() {
             let lookups = pool.lookups.len();
             if pool.queue.iter().any(|(party, _)| lookups < party.most_lookups()) {
                 self.grow_later(&mut pool, HUNG);
@@ -301,13 +303,9 @@ impl Workers {
         }
         if let Some(thread) = pool.idle.pop() {
             thread.unpark();
-        } else if pool.threads < self.0.most {
+        } else if let Err(error) = self.spawn(&mut pool) {
             // Those that there are do it, or the next attempt succeeds.
-            if let Err(error) = self.spawn(&mut pool) {
-                tracing::debug!(%error, name = self.0.name, "cannot start a worker");
-            }
-        } else {
-            return;
+            tracing::debug!(%error, name = self.0.name, "cannot start a worker");
         }
         self.grow_later(&mut pool, GROW);
     }

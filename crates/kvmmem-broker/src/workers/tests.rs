@@ -154,6 +154,29 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     reactor.end();
 }
 
+/// Its threads may have been started just now: they find no room for the path, and wait for more work.
+#[test]
+fn a_full_pool_looks_again_whether_there_is_room_for_a_path() {
+    let reactor = Reactor::default();
+    let workers = Workers::new(&reactor, "test", 1, 1);
+    workers.start().unwrap();
+    let (began, has_begun) = mpsc::channel();
+    let (end, is_over) = mpsc::channel::<()>();
+    workers.run(Party::Target(1), move || {
+        began.send(()).unwrap();
+        let _ = is_over.recv();
+    });
+    has_begun.recv_timeout(LIMIT).unwrap();
+    let (found, is_found) = mpsc::channel();
+    assert!(workers.look_up(Party::Path(0), move || found.send(()).unwrap()));
+    workers.grow();
+    assert!(lock(&workers.0.pool).grows_at.is_some());
+    drop(end);
+    is_found.recv_timeout(LIMIT).unwrap();
+    workers.end();
+    reactor.end();
+}
+
 /// Hooks to many paths are tried again at one time: four threads do that, unless some hang.
 #[test]
 fn few_threads_look_for_paths_at_a_time() {
