@@ -9,7 +9,6 @@ mod error;
 mod tests;
 mod thread;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,7 +20,7 @@ use connections::{ConnectionSlot, Shared};
 pub use error::ServerError;
 use kvmmem_limit::RateLimit;
 use kvmmem_proto::credentials::Credentials;
-use kvmmem_proto::listener;
+use kvmmem_proto::listener::{self, SocketLock};
 use kvmmem_proto::message::Refusal;
 use kvmmem_proto::packet::PacketSocket;
 use kvmmem_sys::socket::peer_credentials;
@@ -54,7 +53,7 @@ pub struct Server {
     path: PathBuf,
     listener: OwnedFd,
     /// Locked as long as the broker lives, so that no second one takes the socket away.
-    _lock: File,
+    _lock: SocketLock,
     group: bool,
     /// Whether the service manager removes the socket.
     is_activated: bool,

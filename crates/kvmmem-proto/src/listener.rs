@@ -43,13 +43,25 @@ pub enum ListenError {
     },
 }
 
+/// The lock beside a socket, released on drop: also where a child of this process, which has not
+/// executed its program yet, still has the file.
+#[derive(Debug)]
+pub struct SocketLock(File);
+
+impl Drop for SocketLock {
+    fn drop(&mut self) {
+        // It fails only where there is no lock.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 /// Listens at `path`, and returns the socket and the lock, to be held as long. The socket is its
 /// owner's (mode 0600), or also that of `group` (0660); `accept` does not wait. A socket that was
 /// left behind is replaced.
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn bind(path: &Path, group: Option<u32>) -> Result<(OwnedFd, File), ListenError> {
+pub fn bind(path: &Path, group: Option<u32>) -> Result<(OwnedFd, SocketLock), ListenError> {
     let lock = lock(path)?;
     let fail = |source: io::Error| ListenError::Listen { path: path.to_owned(), source };
     match std::fs::symlink_metadata(path) {
@@ -68,7 +80,7 @@ pub fn bind(path: &Path, group: Option<u32>) -> Result<(OwnedFd, File), ListenEr
 ///
 /// # Errors
 /// [`ListenError::InUse`], [`ListenError::Lock`].
-pub fn lock(path: &Path) -> Result<File, ListenError> {
+pub fn lock(path: &Path) -> Result<SocketLock, ListenError> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     let lock_path = PathBuf::from(name);
@@ -82,7 +94,7 @@ pub fn lock(path: &Path) -> Result<File, ListenError> {
         .open(&lock_path)
         .map_err(fail)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(SocketLock(file)),
         Err(Errno::WOULDBLOCK) => Err(ListenError::InUse(path.to_owned())),
         Err(error) => Err(fail(error.into())),
     }
@@ -145,6 +157,17 @@ mod tests {
             assert_eq!(mode(&path), expected);
             assert!(matches!(bind(&path, group), Err(ListenError::InUse(_))));
         }
+    }
+
+    #[test]
+    fn a_lock_is_released_though_a_child_has_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let held = lock(&path).unwrap();
+        let _of_a_child = held.0.try_clone().unwrap();
+        assert!(matches!(lock(&path), Err(ListenError::InUse(_))));
+        drop(held);
+        lock(&path).unwrap();
     }
 
     #[test]
