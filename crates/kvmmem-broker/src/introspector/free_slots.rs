@@ -17,12 +17,12 @@ impl Introspector {
     /// [`OpenError::Ask`], where QEMU does not say.
     fn free_slots(&self) -> Result<(usize, usize), OpenError> {
         let mut qmp = self.monitor.lend().map_err(MachineError::from)?;
-        let places = machine::slots(&mut qmp)?;
-        let free = self.free(&lock(&self.state), &places, 0)?.len();
+        let slots = machine::slots(&mut qmp)?;
+        let free = self.free(&lock(&self.state), &slots, 0)?.len();
         let views = self.views();
         let taken: usize = views.iter().map(|view| lock(&view.slots).len()).sum();
-        // Of a bus whose slots are anybody's, those that are taken do not count as places.
-        Ok((free, places.count.max(free + taken)))
+        // `count` leaves out the taken slots of a bus that is not for views alone.
+        Ok((free, slots.count.max(free + taken)))
     }
 }
 

@@ -143,9 +143,9 @@ fn check_broker(socket: &Path) -> Vec<Check> {
                 count(vms.len(), "virtual machine")
             );
             let introspectors = vms.iter().filter(|vm| vm.identity.introspector);
-            let rooms = introspectors
+            let slots = introspectors
                 .filter_map(|vm| check_slots(vm, admin.free_slots(&vm.identity.uuid.to_string())));
-            std::iter::once(Check::ok(NAME, detail)).chain(rooms).collect()
+            std::iter::once(Check::ok(NAME, detail)).chain(slots).collect()
         }
         Err(error) => {
             let remedy = broker_remedy(&error);

@@ -72,14 +72,11 @@ impl Grants {
             return;
         }
         let Some(mut grant) = self.grants.remove(&id) else { return };
-        let state = grant.state(now);
-        if state != GrantState::Active {
-            self.expiring.remove(&(grant.expires, id));
-            self.uncount_kvmi(&mut grant);
-        }
+        self.expiring.remove(&(grant.expires, id));
+        self.uncount_kvmi(&mut grant);
         // An expired token may still be told as used, and a use may be returned; any other is of no
         // use.
-        let is_useless = match state {
+        let is_useless = match grant.state(now) {
             GrantState::Active | GrantState::Expired => false,
             GrantState::Spent => !grant.may_be_returned(),
             GrantState::Revoked => true,
@@ -87,7 +84,7 @@ impl Grants {
         if is_useless && let Some(token) = grant.token.take() {
             self.tokens.remove(&token, id);
         }
-        if state != GrantState::Active && !grant.is_in_use() && grant.leaves.is_none() {
+        if !grant.is_in_use() && grant.leaves.is_none() {
             self.uncount(&mut grant);
             if let Some(until) = now.checked_add(KEPT) {
                 grant.leaves = Some(until);
