@@ -21,6 +21,8 @@ mod bytes;
 pub mod command_line;
 pub mod confirm;
 pub mod discover;
+#[cfg(test)]
+mod fake_qemu;
 pub mod file_id;
 pub mod find;
 mod guest;

@@ -52,14 +52,16 @@ pub(crate) struct Holders {
     holders: BTreeSet<u64>,
     /// Present while the VM is stopped that ran before.
     watcher: Option<Watcher>,
-    /// The VM is to run again as soon as QEMU can be asked.
+    /// The VM is to run again as soon as QEMU can be asked. There is no holder then.
     owes: bool,
+    /// No client can hold the VM any more.
+    is_closed: bool,
 }
 
 impl Holders {
     /// A VM that runs again when no holder has asked for `silence`.
     pub(crate) fn new(silence: Duration) -> Self {
-        Self { silence, holders: BTreeSet::new(), watcher: None, owes: false }
+        Self { silence, holders: BTreeSet::new(), watcher: None, owes: false, is_closed: false }
     }
 
     /// Stops the VM for one more, or checks that it is still stopped. Returns whether it ran before
@@ -70,7 +72,13 @@ impl Holders {
         holder: u64,
         is_new: bool,
     ) -> Result<bool, AskError> {
+        if self.is_closed {
+            return Err(AskError::NoConnection);
+        }
         self.notice_the_watcher(qmp);
+        if self.owes {
+            self.cont(qmp)?;
+        }
         if !is_new && !self.holders.contains(&holder) {
             return Err(AskError::Resumed);
         }
@@ -97,11 +105,10 @@ impl Holders {
     /// One holder less. Fails where the VM ran before that.
     pub(crate) fn release(&mut self, qmp: &mut Qmp, holder: u64) -> Result<(), AskError> {
         self.notice_the_watcher(qmp);
-        if !self.holders.remove(&holder) {
-            return Err(AskError::Resumed);
-        }
+        let was_held = self.holders.remove(&holder);
+        // One that could not be added, or not be removed, may have left the VM stopped.
         let was_stopped = !self.holders.is_empty() || self.resume(qmp)?;
-        was_stopped.then_some(()).ok_or(AskError::Resumed)
+        (was_held && was_stopped).then_some(()).ok_or(AskError::Resumed)
     }
 
     /// Ends the pause for all; where QEMU cannot be asked, once it can be.
@@ -109,6 +116,17 @@ impl Holders {
         self.holders.clear();
         // A failure is in the log, and the rest is for a new connection.
         let _ = self.resume(qmp);
+    }
+
+    /// Ends the pause for good, over the connection where there is one: no client can hold the VM
+    /// afterwards. Returns whether the VM may still be stopped because QEMU did not answer.
+    pub(crate) fn close(&mut self, qmp: Option<&mut Qmp>) -> bool {
+        self.is_closed = true;
+        match qmp {
+            Some(qmp) => self.end(qmp),
+            None => self.lost(),
+        }
+        self.owes
     }
 
     /// The connection is lost: the pause ends for all, once QEMU can be asked again.
@@ -119,7 +137,7 @@ impl Holders {
 
     /// Makes up for what could not be done over the connection before.
     pub(crate) fn reconnected(&mut self, qmp: &mut Qmp) {
-        if std::mem::take(&mut self.owes) {
+        if self.owes {
             let _ = self.cont(qmp);
         }
     }
@@ -140,9 +158,12 @@ impl Holders {
 
     /// Lets the VM run that ran before. Returns whether it was still stopped.
     fn resume(&mut self, qmp: &mut Qmp) -> Result<bool, QmpError> {
-        // Until then it is there in case that this process is killed. It must not hold the
-        // connection longer than this.
-        let Some(_watcher) = self.watcher.take() else { return Ok(true) };
+        // Until QEMU has answered it is there in case that this process is killed. It must not hold
+        // the connection longer than this.
+        let watcher = self.watcher.take();
+        if watcher.is_none() && !self.owes {
+            return Ok(true);
+        }
         self.cont(qmp)
     }
 
@@ -152,8 +173,8 @@ impl Holders {
             "paused" => qmp.execute("cont", json!({})).map(|_| true),
             status => Ok(status != "running"),
         });
+        self.owes = result.as_ref().is_err_and(|error| !error.is_refusal());
         if let Err(error) = &result {
-            self.owes = !error.is_refusal();
             tracing::warn!(%error, qmp = ?qmp.path(), "a paused VM was not resumed");
         }
         result
@@ -218,45 +239,4 @@ impl Drop for Watcher {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-
-    #[test]
-    fn the_shell_keeps_the_connection_until_cont_is_answered() {
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let mut watcher = Watcher::start(theirs.as_fd(), Duration::from_secs(3600)).unwrap();
-        drop(theirs);
-        watcher.beat();
-        // The shell has read it, and waits for more.
-        while rustix::io::ioctl_fionread(watcher.0.stdin.as_ref().unwrap()).unwrap() > 0 {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert!(watcher.ended().is_none());
-        drop(watcher.0.stdin.take());
-        let mut line = [0; 64];
-        let count = ours.read(&mut line).unwrap();
-        let command: serde_json::Value = serde_json::from_slice(&line[..count]).unwrap();
-        assert_eq!(command, json!({ "execute": "cont", "id": "resume" }));
-        for answer in
-            ["{\"return\": {}}", "{\"event\": \"RESUME\"}", "{\"return\": {}, \"id\": \"resume\"}"]
-        {
-            assert!(watcher.ended().is_none(), "{answer}");
-            ours.write_all(format!("{answer}\r\n").as_bytes()).unwrap();
-        }
-        // A connection that is closed with something unread in it is reset.
-        assert_eq!(ours.read(&mut line).unwrap(), 0);
-        assert!(watcher.0.wait().unwrap().success());
-    }
-
-    #[test]
-    fn a_shell_that_is_killed_is_noticed() {
-        let (_ours, theirs) = UnixStream::pair().unwrap();
-        let mut watcher = Watcher::start(theirs.as_fd(), Duration::from_secs(3600)).unwrap();
-        watcher.0.kill().unwrap();
-        watcher.0.wait().unwrap();
-        assert!(watcher.ended().is_some_and(|status| !status.success()));
-        watcher.beat();
-    }
-}
+mod tests;

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Questions and pauses, with a fake QEMU.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, mpsc};
+use std::sync::{Mutex, mpsc};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
+use crate::fake_qemu::{Fake, Fault, PATIENCE};
 use crate::monitor::tests::threads;
 use crate::qmp::QmpError;
 use crate::qmp::tests::GREETING;
@@ -16,64 +14,19 @@ use crate::questions::{AskError, Questions};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// How long a test waits for what must happen.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// What goes wrong, at the next command of that name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    Refuse,
-    Close,
-    /// It is carried out, and the connection ends before that is said.
-    CloseAfter,
-    Silence,
-    Garbage,
-}
-
-#[derive(Debug)]
-struct Machine {
-    status: &'static str,
-    fault: Option<(&'static str, Fault)>,
-    registers: String,
-    vcpus: Value,
-    /// The commands that have come, without questions.
-    commands: Vec<String>,
-}
-
-/// A fake QEMU; its threads end with the test's process.
-struct Fake {
-    machine: Arc<Mutex<Machine>>,
-    path: PathBuf,
-    _directory: tempfile::TempDir,
+/// Keeps jobs where there is a list for them; else each has a thread of its own.
+fn keep(jobs: &Arc<Mutex<Option<Vec<Job>>>>) -> Arc<Run> {
+    let kept = Arc::clone(jobs);
+    Arc::new(move |job: Job| match &mut *kept.lock().unwrap() {
+        Some(jobs) => {
+            jobs.push(job);
+            Ok(())
+        }
+        None => std::thread::Builder::new().spawn(job).map(drop),
+    })
 }
 
 impl Fake {
-    fn start(status: &'static str) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).unwrap();
-        let machine = Machine {
-            status,
-            fault: None,
-            registers: String::new(),
-            vcpus: json!([{ "cpu-index": 0 }]),
-            commands: vec![],
-        };
-        let machine = Arc::new(Mutex::new(machine));
-        let served = Arc::clone(&machine);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                // One client at a time, as QEMU does it.
-                let _ = serve(&served, &stream.unwrap());
-            }
-        });
-        Self { machine, path, _directory: directory }
-    }
-
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap()
-    }
-
     fn listen(&self) -> Listening {
         self.listen_with(PATIENCE, threads())
     }
@@ -85,61 +38,6 @@ impl Fake {
         let monitor = Monitor::new(self.path.clone(), None);
         Listening::start(monitor, find, |_, _| ListenerAction::Listen, silence, run)
     }
-
-    #[track_caller]
-    fn wait(&self, status: &str) {
-        let began = Instant::now();
-        while self.machine().status != status {
-            assert!(began.elapsed() < PATIENCE, "still waiting for {status}: {:?}", self.machine());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
-    let mut writer = stream;
-    let mut send = |value: Value| writer.write_all(format!("{value}\n").as_bytes());
-    send(json!({ "QMP": {} }))?;
-    for line in BufReader::new(stream).lines() {
-        let request: Value = serde_json::from_str(&line?).unwrap();
-        let command = request["execute"].as_str().unwrap();
-        let mut machine = machine.lock().unwrap();
-        let fault = machine.fault.take_if(|(at, _)| *at == command).map(|(_, fault)| fault);
-        match fault {
-            Some(Fault::Refuse) => {
-                send(json!({ "error": { "desc": "no" } }))?;
-                continue;
-            }
-            Some(Fault::Close) => break,
-            Some(Fault::Silence) => continue,
-            Some(Fault::Garbage) => {
-                send(json!([]))?;
-                continue;
-            }
-            Some(Fault::CloseAfter) | None => {}
-        }
-        let answer = match command {
-            "stop" | "cont" => {
-                machine.status = if command == "stop" { "paused" } else { "running" };
-                machine.commands.push(command.to_owned());
-                json!({})
-            }
-            "query-status" => json!({ "status": machine.status }),
-            "query-memory-size-summary" => json!({ "base-memory": 1 }),
-            "query-cpus-fast" => machine.vcpus.clone(),
-            "human-monitor-command" => json!(machine.registers),
-            _ => json!({}),
-        };
-        drop(machine);
-        if fault == Some(Fault::CloseAfter) {
-            break;
-        }
-        match request.get("id") {
-            Some(id) => send(json!({ "return": answer, "id": id }))?,
-            None => send(json!({ "return": answer }))?,
-        }
-    }
-    stream.shutdown(std::net::Shutdown::Both)
 }
 
 /// Asks as long as there is no connection yet.
@@ -303,18 +201,36 @@ fn a_target_that_is_removed_runs_again() {
 }
 
 #[test]
+fn a_target_that_is_removed_after_a_lost_connection_runs_again() {
+    let fake = Fake::start("running");
+    let jobs: Arc<Mutex<Option<Vec<Job>>>> = Arc::default();
+    let monitor = fake.listen_with(PATIENCE, keep(&jobs));
+    let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
+    *jobs.lock().unwrap() = Some(Vec::new());
+    fake.machine().fault = Some(("query-status", Fault::Close));
+    assert!(pause.check().is_err());
+    // One that ends the pause, and one that connects again.
+    let began = Instant::now();
+    while jobs.lock().unwrap().as_ref().unwrap().len() < 2 {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let both = jobs.lock().unwrap().replace(Vec::new()).unwrap();
+    both.into_iter().for_each(|job| job());
+    assert_eq!(fake.machine().commands, ["stop"]);
+    // Before what is to be done over the new connection.
+    drop(monitor);
+    let rest = jobs.lock().unwrap().take().unwrap();
+    rest.into_iter().for_each(|job| job());
+    fake.wait("running");
+    assert_eq!(fake.machine().commands, ["stop", "cont"]);
+}
+
+#[test]
 fn a_client_that_ends_does_not_wait_for_its_vm_to_run() {
     let fake = Fake::start("running");
     let jobs: Arc<Mutex<Option<Vec<Job>>>> = Arc::default();
-    let kept = Arc::clone(&jobs);
-    let run = move |job: Job| match &mut *kept.lock().unwrap() {
-        Some(jobs) => {
-            jobs.push(job);
-            Ok(())
-        }
-        None => std::thread::Builder::new().spawn(job).map(drop),
-    };
-    let monitor = fake.listen_with(PATIENCE, Arc::new(run));
+    let monitor = fake.listen_with(PATIENCE, keep(&jobs));
     let (pause, _) = retry(|| monitor.questions().pause()).unwrap();
     *jobs.lock().unwrap() = Some(Vec::new());
     drop(pause);

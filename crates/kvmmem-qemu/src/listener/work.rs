@@ -82,9 +82,16 @@ impl Listener {
     }
 
     fn end(&self) {
-        if let Ok(mut qmp) = self.monitor.lend() {
-            self.holders().end(&mut qmp);
+        let mut qmp = self.monitor.lend();
+        // Not limited: each comes of a pause by an operator, and names another VM.
+        if self.holders().close(qmp.as_mut().ok()) {
+            tracing::error!(
+                qmp = ?self.monitor.path(),
+                "a client has paused the VM at this QMP socket, and its QEMU does not answer; if QEMU still runs, resume the \
+                 VM: connect to the socket, send qmp_capabilities and then cont"
+            );
         }
+        drop(qmp);
         self.monitor.unsubscribe(&self.subscriber());
         self.state().is_over = true;
         (self.wake)();
