@@ -18,6 +18,7 @@ mod debug_kernel;
 mod deny;
 mod depends;
 mod direct;
+mod disk;
 mod dist;
 mod doc_check;
 mod elf;
@@ -68,7 +69,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::binaries::ProgramSet;
 use crate::test_bed::{Job, TestBed};
 
-/// Test test bed, demo and tests of kvmmem.
+/// Test bed, demo, benchmarks and tests of kvmmem.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {

@@ -17,7 +17,7 @@ use crate::provision::{self, Purpose};
 use crate::suite::{self, Name, Suite, SuiteResult};
 use crate::test_bed::TestBed;
 use crate::tool::Tool;
-use crate::{dist, interrupt, linux, project, scenarios, style, test_bed, tools, ui};
+use crate::{disk, dist, interrupt, linux, project, scenarios, style, test_bed, tools, ui};
 
 /// Which tests, and how.
 #[derive(Debug, clap::Args)]
@@ -73,7 +73,11 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     let wants_bed = [Name::Module, Name::Tools, Name::Linux, Name::E2e, Name::Qemu]
         .iter()
         .any(|name| wanted.contains(name));
-    let runner = Runner { cache: Cache::open()?, options, wants_bed, bed: OnceCell::new() };
+    let cache = Cache::open()?;
+    for folder in [&project::target(&cache.fresh_log("metadata")?)?, cache.folder()] {
+        disk::has_room(folder)?;
+    }
+    let runner = Runner { cache, options, wants_bed, bed: OnceCell::new() };
     if options.load > 0 {
         runner.prepare(&wanted)?;
     }
