@@ -48,7 +48,6 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
-    use std::time::{Duration, Instant};
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
@@ -56,12 +55,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_there_is_an_error_soon() {
-        let began = Instant::now();
+    fn nobody_there_is_an_error() {
         assert!(begin(&Endpoint::Unix("/nowhere/at/all".into())).is_err());
         // No VM gets the highest context id but one.
         if let Ok((socket, false)) = begin(&Endpoint::Vsock { cid: u32::MAX - 1, port: 1 }) {
-            assert!(began.elapsed() < Duration::from_secs(1), "it has waited");
             let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
             poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&limit)).unwrap();
             assert!(is_connected(&socket).is_err());

@@ -38,6 +38,8 @@ mod sync;
 mod tables;
 #[cfg(test)]
 mod test_peer;
+#[cfg(test)]
+mod test_wait;
 mod vcpus;
 mod vmm_questions;
 mod workers;

@@ -29,11 +29,6 @@ impl From<CallError> for NotSent {
 }
 
 impl Core {
-    /// Whether a peer has to read what was sent to it before it is told of a target.
-    pub(super) fn must_read_first(&self, who: u64, target: u64, may_get_files: bool) -> bool {
-        !may_get_files && self.peers.get(&who).is_some_and(|peer| !peer.knows(target))
-    }
-
     /// Gives something out under a grant once the peer knows the target, or is told of it first.
     pub(super) fn introducing<T>(
         &mut self,

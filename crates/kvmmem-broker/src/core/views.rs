@@ -72,10 +72,6 @@ impl Core {
         }
         let reached = scope.check_reaches(reaching, &layout.map);
         reached.map_err(|error| CallError::from_error(Refusal::Invalid, &error))?;
-        // The first attempt for a new target always ends here: nothing is prepared for it.
-        if by.vm.is_some() && self.must_read_first(who, target, may_get_files) {
-            return Err(NotSent::Unread);
-        }
         let caller = self.known_caller(caller, who);
         let name = match by.vm.and_then(|vm| self.vms.get(vm)) {
             Some(vm) => vm.identity.name.clone(),

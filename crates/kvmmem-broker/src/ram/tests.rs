@@ -4,6 +4,7 @@
 use kvmmem_proto::map::MapError;
 
 use super::*;
+use crate::test_wait::wait_for;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 fn memfd(size: u64, seals: SealFlags) -> OwnedFd {
@@ -245,11 +246,7 @@ fn a_process_that_ends_or_executes_another_program_has_no_memory_left() {
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(b"go\n").unwrap();
         let gone = Err(AccessError::System { gpa: 8, source: Errno::SRCH });
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while ram.read(8, &mut [0; 8]) != gone {
-            assert!(std::time::Instant::now() < deadline, "{then}");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        wait_for(then, || ram.read(8, &mut [0; 8]) == gone);
         assert_eq!(ram.write(8, b"x"), gone);
         drop(stdin);
         child.wait().unwrap();

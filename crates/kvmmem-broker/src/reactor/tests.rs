@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
 use super::*;
+use crate::test_wait::wait_for;
 
 /// How long anything may take on a slow machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -191,11 +192,7 @@ fn its_end_drops_the_handlers_and_the_thread() {
     reactor.remove(token);
     assert!(reactor.insert(Arc::new(|_, _, _| {})).is_err());
     drop(reactor);
-    let deadline = Instant::now() + LIMIT;
-    while shared.strong_count() > 0 {
-        assert!(Instant::now() < deadline, "the thread does not end");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("the thread ends", || shared.strong_count() == 0);
 }
 
 #[test]

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::*;
 use crate::core::quota::Bound;
 use crate::test_peer::{Connection, USER, grant_request, identity};
+use crate::test_wait::wait_for;
 
 const OTHER: u32 = USER + 1;
 const ROOT: u32 = 0;
@@ -91,11 +92,7 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
     assert_eq!(granted, 1);
     // Who ends a connection may have another one.
     drop(taken.pop());
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while connect(USER).is_err() {
-        assert!(Instant::now() < deadline, "its place is not free");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("its place is free", || connect(USER).is_ok());
 }
 
 /// A connection that has sent a file whose close blocks until the returned peer is dropped, after a
@@ -164,10 +161,7 @@ fn a_connection_counts_until_its_files_are_closed() {
     connect(OTHER).unwrap();
     connect(ROOT).unwrap();
     drop(peers);
-    while connect(USER).is_err() {
-        assert!(Instant::now() < deadline, "its places are not free");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("its places are free", || connect(USER).is_ok());
 }
 
 #[test]
@@ -182,11 +176,7 @@ fn a_user_with_all_its_vms_keeps_nobody_out() {
     assert_eq!(others.len(), 1);
     assert_eq!(flood(|number| running.target(ROOT, &format!("root-{number}"))).0.len(), 2);
     drop(taken);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while running.target(USER, "again").is_err() {
-        assert!(Instant::now() < deadline, "its place is not free");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("its place is free", || running.target(USER, "again").is_ok());
 }
 
 #[test]
@@ -236,11 +226,7 @@ fn a_user_with_all_its_hooks_keeps_nobody_out() {
     assert_eq!(hook(ROOT).0.len(), 2);
     // They end with the tool's VM, and with them their places.
     drop(lion);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while running.server.service().broker().hook_count() > 0 {
-        assert!(Instant::now() < deadline, "its hooks do not end");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("its hooks end", || running.server.service().broker().hook_count() == 0);
 }
 
 #[test]
@@ -284,7 +270,6 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
         );
     }
     // It is cut off, and only the descriptors of the first answer have been sent to it.
-    let deadline = Instant::now() + Duration::from_secs(60);
     let mut root = running.connect(ROOT);
     let mut open = || match root.ask(Call::Grants { after: Cursor::default() }, None) {
         Ok(Answer::Grants { grants, .. }) => {
@@ -293,11 +278,11 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
         other => panic!("{other:?}"),
     };
     let mut most = 0;
-    while most == 0 || open() > 0 {
-        most = most.max(open());
-        assert!(Instant::now() < deadline, "it is not cut off");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("it is cut off", || {
+        let now = open();
+        most = most.max(now);
+        most > 0 && now == 0
+    });
     assert!(most <= 2, "{most} views were open at once");
     let mut files = 0;
     while let Some((message, with)) = viewer.next() {

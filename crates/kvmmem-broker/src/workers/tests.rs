@@ -4,6 +4,7 @@
 use std::sync::mpsc;
 
 use super::*;
+use crate::test_wait::wait_for;
 
 /// How long anything may take on a slow machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -73,11 +74,7 @@ fn all_but_one_end_when_there_is_no_work() {
     (0..8).for_each(|_| have_begun.recv_timeout(LIMIT).unwrap());
     assert_eq!(workers.threads(), 8);
     drop(free);
-    let deadline = Instant::now() + LIMIT;
-    while workers.threads() > 1 {
-        assert!(Instant::now() < deadline, "they stay");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("all but one end", || workers.threads() == 1);
     // The last one is there for more.
     workers.run(Party::Target(0), move || begun.send(()).unwrap());
     have_begun.recv_timeout(LIMIT).unwrap();
@@ -85,10 +82,7 @@ fn all_but_one_end_when_there_is_no_work() {
     workers.end();
     workers.run(Party::Target(0), || panic!("it has ended"));
     drop(workers);
-    while shared.strong_count() > 0 {
-        assert!(Instant::now() < deadline, "its threads do not end");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("its threads end", || shared.strong_count() == 0);
     reactor.end();
 }
 
@@ -118,12 +112,8 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     };
     assert!(hang(0) && !hang(0));
     assert!((1..MAX_PATHS as u64).all(hang));
-    let deadline = Instant::now() + LIMIT;
     // Each begins, as those before it have hung for a while.
-    while lock(&workers.0.pool).lookups.len() < MAX_PATHS {
-        assert!(Instant::now() < deadline, "they hold each other up");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("they run beside each other", || lock(&workers.0.pool).lookups.len() >= MAX_PATHS);
     // More would take the last threads; those that wait are not too many.
     assert!((0..MAX_WAITING_PATHS as u64).all(|number| hang(1_000 + number)));
     assert!(!hang(0) && !hang(1_000) && !hang(9_999));
@@ -137,19 +127,11 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
         assert!(workers.look_up(Party::CachedPath(0), move || found.send(()).unwrap()));
     }
     (0..3).for_each(|_| is_found.recv_timeout(LIMIT).unwrap());
-    let deadline = Instant::now() + LIMIT;
-    while lock(&workers.0.pool).lookups.len() > MAX_PATHS {
-        assert!(Instant::now() < deadline, "its job does not end");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("its job ends", || lock(&workers.0.pool).lookups.len() <= MAX_PATHS);
     assert!(!workers.are_wanted());
     assert_eq!(lock(&workers.0.pool).lookups.len(), MAX_PATHS);
     drop(free);
-    let deadline = Instant::now() + LIMIT;
-    while !workers.look_up(Party::Path(0), || {}) {
-        assert!(Instant::now() < deadline, "its thread does not end");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("its thread ends", || workers.look_up(Party::Path(0), || {}));
     workers.end();
     reactor.end();
 }
@@ -206,9 +188,6 @@ fn a_bound_socket_s_path_is_in_the_kernel_s_cache() {
     let _tool = std::os::unix::net::UnixListener::bind(&path).unwrap();
     // Not before Linux 5.12.
     let says = openat2(CWD, "/", OFlags::PATH, Mode::empty(), ResolveFlags::CACHED).is_ok();
-    let deadline = Instant::now() + LIMIT;
     // What happens elsewhere in the file system may keep the kernel from saying so once.
-    while says && !is_cached(&path) {
-        assert!(Instant::now() < deadline, "it is not in the cache");
-    }
+    wait_for("it is in the cache", || !says || is_cached(&path));
 }

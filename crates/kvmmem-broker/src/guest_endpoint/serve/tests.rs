@@ -13,6 +13,7 @@ use super::*;
 use crate::guest_endpoint::Listening;
 use crate::guest_endpoint::connections::MAX_PER_CID;
 use crate::guest_endpoint::listen::Accept;
+use crate::test_wait::wait_for;
 
 /// The VM that has views.
 const CID: u32 = 7;
@@ -181,14 +182,6 @@ fn answer(stream: &mut UnixStream) -> ToTool {
 /// Whether the guest endpoint has closed.
 fn is_closed(stream: &mut UnixStream) -> bool {
     matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_))
-}
-
-fn wait_for(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
