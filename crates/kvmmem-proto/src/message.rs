@@ -61,11 +61,11 @@ pub enum Call {
         #[serde(with = "token_text")]
         token: Token,
     },
-    /// Tells that a pushed token has been used. One way: never answered.
+    /// Tells that a pushed token has been used, until the revocation of its grant is confirmed. One
+    /// way: never answered.
     Used {
-        /// The token.
-        #[serde(with = "token_text")]
-        token: Token,
+        /// Number of its grant.
+        grant: u64,
     },
     /// Uses a token to open a view. Answer: [`Answer::Attached`] for a VMM,
     /// [`Answer::HostAttached`] for others.

@@ -100,7 +100,7 @@ impl Core {
                     Err(NotSent::Refused(refused)) => return Err(refused),
                 }
             }
-            Call::Used { token } => Reply::Used(self.used(now, who, &token)?),
+            Call::Used { grant } => Reply::Used(self.used(now, who, grant)?),
             Call::Detached { view, counters } => {
                 self.begin_close(view, who, counters)?;
                 Reply::Closing { view }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many connections, VMs, hooks, channels, grants and policies the broker takes.
+//! How many connections, VMs, hooks, channels, grants and policies the broker takes, and how long it
+//! waits.
 
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub struct Limits {
     pub policies: Bound,
     /// How long a connection may be silent that has neither registered a VM nor opened a view.
     pub silence: Duration,
+    /// How long a revocation waits for confirmations.
+    pub confirmation: Duration,
 }
 
 impl Default for Limits {
@@ -67,6 +70,7 @@ impl Default for Limits {
             grants: Bound::of(MAX_OPERATOR),
             policies: Bound::of(MAX_POLICIES),
             silence: Duration::from_secs(10),
+            confirmation: Duration::from_secs(2),
         }
     }
 }

@@ -189,18 +189,13 @@ impl Core {
         })
     }
 
-    /// Records that a VM has used a token that was pushed to it.
+    /// Records that a VM has used the token of a grant that was pushed to it.
     ///
     /// # Errors
     /// Where the peer's VM is no introspector, or the token was not.
-    pub(crate) fn used(
-        &mut self,
-        now: Instant,
-        who: u64,
-        token: &Token,
-    ) -> Result<Access, CallError> {
+    pub(crate) fn used(&mut self, now: Instant, who: u64, grant: u64) -> Result<Access, CallError> {
         self.user(who)?;
-        self.grants.used(now, token, who).ok_or_else(|| CallError::from(UseError::Unknown))
+        self.grants.used(now, grant, who).ok_or_else(|| CallError::from(UseError::Unknown))
     }
 
     /// What tokens allow that KVMI makes for a target; sets it first if asked to. Returns the

@@ -101,12 +101,11 @@ impl Link {
         self.broker.upgrade()?.vm(id)
     }
 
-    /// Reports that the guest has used a token for a page.
-    pub(super) fn used(&self, token: &Token) {
+    /// Reports that the guest has used a grant's token for a page.
+    pub(super) fn used(&self, grant: u64) {
         if let Some(broker) = self.broker.upgrade() {
-            // It is refused where the grant was revoked meanwhile.
-            let call = Call::Used { token: token.clone() };
-            let _ = broker.handle(&self.peer, Some(&self.vm), call);
+            // It is refused where the target is gone.
+            let _ = broker.handle(&self.peer, Some(&self.vm), Call::Used { grant });
         }
     }
 

@@ -43,7 +43,6 @@ struct ListedTokens {
 struct ListedToken {
     entry: usize,
     digest: Digest,
-    token: Token,
     grant: u64,
     expires: Instant,
 }
@@ -68,8 +67,8 @@ impl TokenView {
         let digest = digest_of(token);
         let entry = listed.list.add(digest).map_err(|_| KvmError::NoMem)?;
         let entry = entry.ok_or(KvmError::Again)?;
-        let (token, expires) = (token.clone(), Instant::now() + KVMI_LIFETIME);
-        listed.tokens.push(ListedToken { entry, digest, token, grant, expires });
+        let expires = Instant::now() + KVMI_LIFETIME;
+        listed.tokens.push(ListedToken { entry, digest, grant, expires });
         if listed.tokens.len() == 1 {
             self.inbox.wake();
         }
@@ -83,11 +82,8 @@ impl TokenView {
         // No token is listed from then on.
         let has_ended = self.view.end().is_some();
         let is_over = |one: &ListedToken| has_ended || one.expires <= now;
-        let used = listed.remove(|one, list| is_over(one) || list.is_used(one.entry));
-        let next = listed.tokens.iter().map(|one| one.expires.min(now + LOOK)).min();
-        drop(listed);
-        used.iter().for_each(|token| link.used(token));
-        next
+        listed.remove(link, |one, list| is_over(one) || list.is_used(one.entry));
+        listed.tokens.iter().map(|one| one.expires.min(now + LOOK)).min()
     }
 
     /// Whether the view has ended and all uses are reported.
@@ -99,20 +95,22 @@ impl TokenView {
     /// was first.
     pub(super) fn withdraw(&self, link: &Link, token: &Token) {
         let digest = digest_of(token);
-        let used = lock(&self.listed).remove(|one, _| one.digest == digest);
-        used.iter().for_each(|token| link.used(token));
+        lock(&self.listed).remove(link, |one, _| one.digest == digest);
     }
 
-    /// Withdraws the token of a grant that is revoked; whether the driver had used it.
-    pub(super) fn revoke(&self, grant: u64) -> bool {
-        !lock(&self.listed).remove(|one, _| one.grant == grant).is_empty()
+    /// Withdraws the token of a grant that is revoked, and reports its use where the driver was first;
+    /// whether it was.
+    pub(super) fn revoke(&self, link: &Link, grant: u64) -> bool {
+        lock(&self.listed).remove(link, |one, _| one.grant == grant)
     }
 }
 
 impl ListedTokens {
-    /// Withdraws the tokens that `is_meant` picks; returns those that the driver has used.
-    fn remove(&mut self, is_meant: impl Fn(&ListedToken, &TokenList) -> bool) -> Vec<Token> {
-        let mut used = Vec::new();
+    /// Withdraws the tokens that `is_meant` picks, and reports those that the driver has used; whether
+    /// there were any. A revocation waits for that at the list's lock: it finds a use here or in the
+    /// broker's tables.
+    fn remove(&mut self, link: &Link, is_meant: impl Fn(&ListedToken, &TokenList) -> bool) -> bool {
+        let mut were_used = false;
         let list = &mut self.list;
         self.tokens.retain(|one| {
             if !is_meant(one, list) {
@@ -120,7 +118,10 @@ impl ListedTokens {
             }
             match list.remove(one.entry) {
                 Ok(is_used) => {
-                    used.extend(is_used.then(|| one.token.clone()));
+                    if is_used {
+                        link.used(one.grant);
+                    }
+                    were_used |= is_used;
                     false
                 }
                 // A page of memory that is there; tried again.
@@ -130,7 +131,7 @@ impl ListedTokens {
                 }
             }
         });
-        used
+        were_used
     }
 }
 

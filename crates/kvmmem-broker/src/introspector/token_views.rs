@@ -20,6 +20,7 @@ use kvmmem_proto::message::Caller;
 use kvmmem_proto::scope::Rights;
 
 use super::handle::Introspector;
+use super::link::Link;
 use super::open::OpenError;
 use super::token_list::{Entry, List, State};
 use super::token_view::TokenView;
@@ -57,7 +58,7 @@ impl Introspector {
             // The target's policy may just have changed.
             let (token, grant) = broker.mint_granted(target, endpoint, tool, scope.rights)?;
             if let Some(view) = view {
-                list_granted(&broker, &view, &token, grant)?;
+                list_granted(&broker, &self.link, &view, &token, grant)?;
             }
             Ok(token)
         });
@@ -198,8 +199,8 @@ impl Introspector {
     /// A revoked grant's target, if a token of the grant has mapped pages.
     pub(super) fn mapped_by(&self, grant: u64) -> Option<u64> {
         let open = lock(&self.token_views.list).open();
-        let used = open.iter().find(|view| view.revoke(grant)).map(|view| view.view.target);
-        used.or_else(|| self.link.mapped(grant))
+        let used = open.iter().find(|view| view.revoke(&self.link, grant));
+        used.map(|view| view.view.target).or_else(|| self.link.mapped(grant))
     }
 }
 
@@ -210,6 +211,7 @@ impl Introspector {
 /// Those of [`TokenView::list`], and EAGAIN where the grant was revoked.
 fn list_granted(
     broker: &Broker,
+    link: &Link,
     view: &TokenView,
     token: &Token,
     grant: u64,
@@ -219,15 +221,15 @@ fn list_granted(
     if broker.tables().core.grants.is_active(broker.now(), grant) {
         return Ok(());
     }
-    view.revoke(grant);
+    view.revoke(link, grant);
     Err(KvmError::Again)
 }
 
 #[cfg(test)]
 mod tests {
     use kvmmem_abi::descriptor::Descriptor;
-    use kvmmem_abi::token_list::{DIGEST_SIZE, digest_at};
-    use kvmmem_proto::message::{Answer, Call, NewGrant};
+    use kvmmem_abi::token_list::{DIGEST_SIZE, digest_at, mark, used_at};
+    use kvmmem_proto::message::{Answer, Call, NewGrant, VmIdentity};
     use kvmmem_proto::scope::Scope;
     use kvmmem_qemu::monitor::Counts;
     use kvmmem_qemu::windows::descriptor::Pages;
@@ -237,7 +239,7 @@ mod tests {
     use super::*;
     use crate::core::limits::Limits;
     use crate::service::Service;
-    use crate::test_peer::{Connection, grant_request};
+    use crate::test_peer::{Connection, grant_request, identity};
 
     /// A view that lists tokens, and its page.
     fn token_view() -> (TokenView, Arc<std::os::fd::OwnedFd>) {
@@ -251,11 +253,30 @@ mod tests {
         (TokenView::new(Arc::new(view), inbox).unwrap(), page)
     }
 
+    /// A broker with target `tiger`, and an introspector.
+    struct Fixture {
+        service: Arc<Service>,
+        _tiger: Connection,
+        link: Link,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let service = Arc::new(Service::new(Limits::default()));
+            let mut tiger = Connection::new(&service, 0);
+            tiger.register_target("tiger").unwrap();
+            let lion = VmIdentity { cid: Some(7), introspector: true, ..identity("lion") };
+            let by = Credentials { pid: std::process::id(), uid: 0 };
+            let inbox = Arc::new(Inbox::new().unwrap());
+            let link = Link::register(service.broker(), lion, by, &inbox).unwrap();
+            Self { service, _tiger: tiger, link }
+        }
+    }
+
     #[test]
     fn a_token_that_is_revoked_before_it_is_listed_is_not_listed() {
-        let service = Arc::new(Service::new(Limits::default()));
-        let [mut tiger, mut root] = [(); 2].map(|()| Connection::new(&service, 0));
-        tiger.register_target("tiger").unwrap();
+        let Fixture { service, link, .. } = &Fixture::new();
+        let mut root = Connection::new(service, 0);
         let mut grant = || {
             let granted = root.ask(Call::Grant(grant_request("tiger")), None).unwrap();
             let Answer::Granted(NewGrant { grant, token }) = granted else { panic!("no grant") };
@@ -268,17 +289,50 @@ mod tests {
             digest != [0; DIGEST_SIZE]
         };
         let (token, good) = grant();
-        assert_eq!(list_granted(broker, &view, &token, good), Ok(()));
+        assert_eq!(list_granted(broker, link, &view, &token, good), Ok(()));
         assert!(is_listed());
         broker.withdraw(good);
         // As the introspector's thread does.
-        view.revoke(good);
+        assert!(!view.revoke(link, good));
         assert!(!is_listed());
 
         let (token, revoked) = grant();
         broker.withdraw(revoked);
-        view.revoke(revoked);
-        assert_eq!(list_granted(broker, &view, &token, revoked), Err(KvmError::Again));
+        assert!(!view.revoke(link, revoked));
+        assert_eq!(list_granted(broker, link, &view, &token, revoked), Err(KvmError::Again));
         assert!(!is_listed());
+    }
+
+    #[test]
+    fn a_use_that_is_found_after_the_revocation_is_reported_until_that_is_confirmed() {
+        let Fixture { service, link, .. } = &Fixture::new();
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("audit.log");
+        let (broker, (view, page)) = (service.broker(), token_view());
+        broker.write_audit_to(&log).unwrap();
+        let tiger = broker.find("tiger").unwrap();
+        for finds in [
+            |view: &TokenView, link: &Link, _: u64| {
+                view.tend(link, Instant::now());
+            },
+            |view: &TokenView, link: &Link, grant: u64| assert!(view.revoke(link, grant)),
+        ] {
+            let (endpoint, tool) = (Endpoint::Unix("tool".into()), link.vm().id());
+            let minted = broker.mint_granted(&tiger, &endpoint, tool, Rights::ReadWrite);
+            let (token, grant) = minted.unwrap();
+            list_granted(broker, link, &view, &token, grant).unwrap();
+            // As the guest's driver does.
+            let mut digest = [0; DIGEST_SIZE];
+            rustix::io::pread(&page, &mut digest, digest_at(0) as u64).unwrap();
+            rustix::io::pwrite(&page, &mark(&digest).to_le_bytes(), used_at(0) as u64).unwrap();
+            broker.withdraw(grant);
+            finds(&view, link, grant);
+            assert_eq!(link.mapped(grant), Some(tiger.id()));
+            link.revoked(grant);
+            link.used(grant);
+            assert_eq!(link.mapped(grant), None);
+        }
+        let lines = std::fs::read_to_string(log).unwrap();
+        assert_eq!(lines.matches(r#""event":"used""#).count(), 2, "{lines}");
     }
 }

@@ -28,8 +28,7 @@ impl VmmLink {
     pub fn redeem(&self, token: &Token) -> Result<PageGrant, RedeemError> {
         let mut state = self.shared.lock();
         let socket = state.socket.clone().ok_or(RedeemError::Unavailable)?;
-        if let Some(redeemed) = state.cache.claim(Instant::now(), token) {
-            self.shared.outbox.push(Call::Used { token: token.clone() });
+        if let Some(redeemed) = self.claim_from(&mut state, token) {
             return Ok(redeemed);
         }
         let id = state.begin_request();
@@ -44,20 +43,19 @@ impl VmmLink {
                 let target = state.cache.target(target).ok_or(RedeemError::Unavailable)?;
                 Ok(PageGrant { grant, target, scope })
             }
-            Answer::Pushed => {
-                let redeemed =
-                    state.cache.claim(Instant::now(), token).ok_or(RedeemError::Unknown)?;
-                self.shared.outbox.push(Call::Used { token: token.clone() });
-                Ok(redeemed)
-            }
+            Answer::Pushed => self.claim_from(&mut state, token).ok_or(RedeemError::Unknown),
             _ => Err(RedeemError::Unavailable),
         }
     }
 
     /// As [`Self::redeem`], for a token that was pushed to this VM.
     pub fn claim(&self, token: &Token) -> Option<PageGrant> {
-        let redeemed = self.shared.lock().cache.claim(Instant::now(), token)?;
-        self.shared.outbox.push(Call::Used { token: token.clone() });
+        self.claim_from(&mut self.shared.lock(), token)
+    }
+
+    fn claim_from(&self, state: &mut State, token: &Token) -> Option<PageGrant> {
+        let redeemed = state.cache.claim(Instant::now(), token)?;
+        self.shared.outbox.push(Call::Used { grant: redeemed.grant });
         Some(redeemed)
     }
 

@@ -43,7 +43,7 @@ fn an_attach_may_leave_out_what_it_wants_to_reach() {
 #[test]
 fn what_is_no_token_is_refused_without_repeating_it() {
     for digits in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)] {
-        let text = format!("{{\"id\":1,\"call\":{{\"used\":{{\"token\":\"{digits}\"}}}}}}");
+        let text = format!("{{\"id\":1,\"call\":{{\"redeem\":{{\"token\":\"{digits}\"}}}}}}");
         let error = serde_json::from_str::<Request>(&text).unwrap_err().to_string();
         assert!(error.contains("64 hexadecimal digits"), "{error}");
     }

@@ -28,7 +28,7 @@ const PEERS: u64 = 4;
 enum Step {
     Mint { token: u64, target: u64, holder: Holder, uses: u32, ttl_ms: u64, origin: Origin },
     Redeem { token: u64, by: u64 },
-    Used { token: u64, by: u64 },
+    Used { grant: u64, by: u64 },
     Attach { token: u64, by: u64, read_only: bool },
     UndoRedeem { grant: u64, by: u64 },
     UndoAttach { view: u64, by: u64 },
@@ -58,7 +58,7 @@ fn any_step() -> impl Strategy<Value = Step> {
             Step::Mint { token, target, holder, uses, ttl_ms, origin }
         }),
         3 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Redeem { token, by }),
-        2 => (token.clone(), peer.clone()).prop_map(|(token, by)| Step::Used { token, by }),
+        4 => (1u64..6, peer.clone()).prop_map(|(grant, by)| Step::Used { grant, by }),
         4 => (token, peer.clone(), any::<bool>())
             .prop_map(|(token, by, read_only)| Step::Attach { token, by, read_only }),
         6 => (1u64..6, peer.clone()).prop_map(|(grant, by)| Step::UndoRedeem { grant, by }),
@@ -240,22 +240,17 @@ proptest! {
                     let redeemed = redeemed.map(|opened| opened.map(|opened| opened.grant));
                     prop_assert_eq!(redeemed, expected);
                 }
-                Step::Used { token: name, by } => {
-                    let expected = (1..).zip(&mut model.grants).find(|(_, grant)| {
-                        grant.token == name
-                            && !grant.removed
-                            && grant.holder == Holder::Pushed(by)
-                            && matches!(grant.state(clock_ms), GrantState::Active | GrantState::Expired)
+                Step::Used { grant: id, by } => {
+                    let used = grants.used(now, id, by).map(|opened| opened.grant);
+                    // One that is over may have left the table.
+                    let is_there = grants.grants.contains_key(&id);
+                    let grant = model.grant(id).filter(|grant| {
+                        is_there && grant.holder == Holder::Pushed(by) && grant.uses > 0
                     });
-                    let expected = expected.map(|(id, grant)| {
+                    prop_assert_eq!(used, grant.is_some().then_some(id));
+                    if let Some(grant) = grant {
                         grant.uses -= 1;
                         grant.users.push(by);
-                        id
-                    });
-                    let used = grants.used(now, &token(name), by).map(|opened| opened.grant);
-                    // An expired one may have left the table.
-                    if used.is_some() || expected.is_none_or(|id: u64| grants.grants.contains_key(&id)) {
-                        prop_assert_eq!(used, expected);
                     }
                 }
                 Step::Attach { token: name, by, read_only } => {

@@ -48,15 +48,12 @@ impl Grants {
         Ok(Some(opened))
     }
 
-    /// Records that a token was used that had been pushed to this connection.
-    pub(crate) fn used(&mut self, now: Instant, token: &Token, by: u64) -> Option<Access> {
+    /// Records that the token of a grant was used that had been pushed to this connection. It may have
+    /// expired meanwhile, or been revoked: until it confirms that, the connection reports what it has.
+    pub(crate) fn used(&mut self, now: Instant, id: u64, by: u64) -> Option<Access> {
         self.advance(now);
-        let id = self.find(token)?;
         let grant = self.grants.get_mut(&id)?;
-        // It may have expired on the news' way.
-        let may_be = grant.terms.holder == Holder::Pushed(by)
-            && matches!(grant.state(now), GrantState::Active | GrantState::Expired);
-        if !may_be {
+        if grant.terms.holder != Holder::Pushed(by) || grant.uses_left == 0 {
             return None;
         }
         let opened = grant.take_use_for_page(id, by);

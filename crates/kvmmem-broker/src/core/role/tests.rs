@@ -31,7 +31,7 @@ fn calls() -> Vec<(Call, &'static str)> {
     vec![
         (Call::Register(nameless), "ao--"),
         (Call::Redeem { token: token() }, "---v"),
-        (Call::Used { token: token() }, "---v"),
+        (Call::Used { grant: 0 }, "---v"),
         (Call::Attach { token: token(), caller, read_only: true, reaching: vec![] }, "aohv"),
         (Call::OpenCopies { view: 0 }, "--h-"),
         (Call::Detached { view: 0, counters }, "--hv"),
