@@ -119,15 +119,12 @@ impl Hooks {
         Ok(hook.owner)
     }
 
-    /// Undoes the hooks to tools in a VM that is gone; returns where those were.
-    pub(crate) fn end_with(&self, vm: u64) -> Vec<Endpoint> {
+    /// Undoes the hooks that `is_meant` picks, without an operator's request; returns them.
+    pub(crate) fn end(&self, is_meant: impl Fn(&Arc<Hook>) -> bool) -> Vec<Arc<Hook>> {
         let mut list = self.lock();
-        let (ended, left): (Vec<_>, Vec<_>) = std::mem::take(&mut list.hooks)
-            .into_iter()
-            .partition(|hook| hook.owner == Owner::Vm(vm));
-        list.hooks = left;
+        let ended: Vec<_> = list.hooks.extract_if(.., |hook| is_meant(hook)).collect();
         ended.iter().for_each(|hook| hook.stop());
-        ended.iter().map(|hook| hook.endpoint.clone()).collect()
+        ended
     }
 
     /// Whether one of them is to a tool in this VM.

@@ -13,6 +13,7 @@ use crate::audit::Event;
 use crate::core::call_error::CallError;
 use crate::core::layout::Layout;
 use crate::core::vms::{NewVm, RegisterError};
+use crate::hook::{Hook, Owner};
 use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
@@ -23,9 +24,20 @@ const PAGE: usize = 16;
 impl Broker {
     /// Undoes a target's hooks to tools in a VM that is gone.
     pub(crate) fn end_hooks(&self, target: &Vm, tool: u64) {
-        for endpoint in target.hooks().end_with(tool) {
-            let reason = "the tool's VM is gone";
-            self.audit().write(Event::HookEnded { vm: target, endpoint: &endpoint, reason });
+        let is_to_tool = |hook: &Arc<Hook>| hook.owner() == Owner::Vm(tool);
+        self.end_hooks_for(target, is_to_tool, "the tool's VM is gone");
+    }
+
+    /// Undoes those of a target's hooks that `is_meant` picks.
+    pub(crate) fn end_hooks_for(
+        &self,
+        target: &Vm,
+        is_meant: impl Fn(&Arc<Hook>) -> bool,
+        reason: &'static str,
+    ) {
+        for hook in target.hooks().end(is_meant) {
+            let ended = Event::HookEnded { vm: target, endpoint: hook.endpoint(), reason };
+            self.audit().write(ended);
         }
     }
 

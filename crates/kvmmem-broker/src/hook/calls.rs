@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What operators ask for: hooks made and undone.
 
+use std::sync::Arc;
+
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
@@ -8,7 +10,7 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Refusal};
 
 use super::count::HookSlot;
-use super::{Owner, driver};
+use super::{Hook, Owner, driver};
 use crate::audit::Event;
 use crate::core::call_error::CallError;
 use crate::core::vms::FIRST_CID;
@@ -51,12 +53,12 @@ impl Service {
             self.introspectors(),
             (self.reactor(), self.sessions()),
             &vm,
-            hook,
+            Arc::clone(&hook),
             counted,
         );
         if let Err(error) = started {
-            // It was there a moment ago; a racing unhook is as good.
-            let _ = vm.hooks().remove(&endpoint);
+            let is_this = |other: &Arc<Hook>| Arc::ptr_eq(other, &hook);
+            self.broker().end_hooks_for(&vm, is_this, "it could not be started");
             return Err(CallError::new(Refusal::Limit, format!("cannot start the hook: {error}")));
         }
         Ok(Answer::Done)

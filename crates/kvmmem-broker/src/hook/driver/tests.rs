@@ -47,6 +47,28 @@ fn accept(listener: &UnixListener) -> UnixStream {
 }
 
 #[test]
+fn a_hook_that_cannot_be_started_is_ended_in_the_audit_log() {
+    let service = Arc::new(Service::default());
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("audit.log");
+    service.broker().write_audit_to(&log).unwrap();
+    let mut target = test_peer::Connection::new(&service, 0);
+    target.register_target("tiger").unwrap();
+    let mut admin = test_peer::Connection::new(&service, 0);
+    service.reactor().end();
+    let endpoint = Endpoint::Unix(directory.path().join("tool.sock"));
+    let refused = admin.ask(Call::Hook { target: "tiger".into(), endpoint }, None).unwrap_err();
+    assert!(refused.1.contains("cannot start the hook"), "{refused:?}");
+    let log = std::fs::read_to_string(log).unwrap();
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let hooks = lines.iter().filter(|line| line["event"] == "hook");
+    let hooks: Vec<_> = hooks.map(|line| (&line["on"], line["reason"].as_str())).collect();
+    let ended = (&false.into(), Some("it could not be started"));
+    assert_eq!(hooks, [(&true.into(), None), ended]);
+}
+
+#[test]
 fn a_hook_connects_again_where_a_step_has_failed() {
     let service = Arc::new(Service::default());
     let mut target = test_peer::Connection::new(&service, 0);
