@@ -5,7 +5,7 @@ pub(crate) mod mint;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::credentials::Credentials;
@@ -25,9 +25,6 @@ use crate::peer::{NotSent, Peer, READ_LIMIT, READ_PAUSE};
 use crate::registry::Vm;
 use crate::sync::checked::wait_while;
 use crate::tables::Tables;
-
-/// How long confirmations are waited for.
-const CONFIRM_LIMIT: Duration = Duration::from_secs(2);
 
 /// What came of a call.
 #[derive(Debug)]
@@ -62,6 +59,7 @@ impl Broker {
             }
             _ => None,
         };
+        let began = Instant::now();
         let (reply, target) = self.decide_call(peer, call)?;
         let by = peer.credentials();
         let target = target.as_deref();
@@ -102,7 +100,7 @@ impl Broker {
                 Answer::Policy { policy }.into()
             }
             Reply::Revoking { grant, revocation } => {
-                Answer::Revoked(self.await_revocation(grant, &revocation, by)).into()
+                Answer::Revoked(self.await_revocation(began, grant, &revocation, by)).into()
             }
             Reply::Closing { view } => {
                 self.after_copies(peer, |core, now, who| core.close_view(now, view, who));
@@ -254,29 +252,31 @@ impl Broker {
 
     /// Revokes a grant; nothing, where it has ended.
     pub(crate) fn revoke(&self, grant: u64, by: Credentials) {
-        let now = self.now();
+        let (now, began) = (self.now(), Instant::now());
         if let Ok(revocation) = self.decide(|tables| tables.core.revoke(now, grant)) {
-            self.await_revocation(grant, &revocation, by);
+            self.await_revocation(began, grant, &revocation, by);
         }
     }
 
     fn await_revocation(
         &self,
+        began: Instant,
         grant: u64,
         revocation: &Revocation,
         by: Credentials,
     ) -> RevokeReport {
-        let revoked = self.await_confirmations(revocation);
+        let revoked = self.await_confirmations(began, revocation);
         let (target, outcome) = (revocation.target, &revoked);
         self.audit().write(Event::Revoked { grant, target, outcome, by });
         revoked
     }
 
-    /// Waits until all peers of a revocation have confirmed or ended, at most 2 s.
-    fn await_confirmations(&self, revocation: &Revocation) -> RevokeReport {
-        let (number, began) = (revocation.number, Instant::now());
+    /// Waits until all peers of a revocation have confirmed or ended, for a limited time. The
+    /// revocation began before they were notified.
+    fn await_confirmations(&self, began: Instant, revocation: &Revocation) -> RevokeReport {
+        let number = revocation.number;
         let is_waiting = |tables: &mut Tables| !tables.core.is_revoked(number);
-        let deadline = began + CONFIRM_LIMIT;
+        let deadline = Instant::now() + self.limits().confirmation;
         let mut tables = wait_while(self.confirmed(), self.tables(), deadline, is_waiting);
         let unconfirmed = tables.core.end_revocation(number);
         drop(tables);
@@ -291,6 +291,7 @@ impl Broker {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+    use std::time::Duration;
 
     use kvmmem_proto::packet::PacketSocket;
 

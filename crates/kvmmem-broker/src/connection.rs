@@ -17,7 +17,7 @@ use crate::peer::Peer;
 use crate::ram::Ram;
 use crate::registry::Vm;
 use crate::service::Service;
-use crate::vcpus::VmPause;
+use crate::vcpus::{NextRegisters, VmPause};
 
 /// How long a wrong token, or a call that makes no sense, delays the next request of that
 /// connection: a guest that tries tokens waits itself, and costs the broker next to nothing.
@@ -42,6 +42,7 @@ pub(crate) struct Connection {
     has_just_registered: bool,
     /// The pause that it holds; it ends with the connection.
     pause: Option<VmPause>,
+    next_registers: Option<Box<NextRegisters>>,
     /// How long it may be silent; `None` for ever.
     silence: Option<Duration>,
 }
@@ -61,7 +62,15 @@ impl Connection {
         let broker = service.broker();
         broker.join(&peer);
         let silence = Some(broker.limits().silence);
-        Self { service, peer, vm: None, has_just_registered: false, pause: None, silence }
+        Self {
+            service,
+            peer,
+            vm: None,
+            has_just_registered: false,
+            pause: None,
+            next_registers: None,
+            silence,
+        }
     }
 
     /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is
@@ -75,9 +84,9 @@ impl Connection {
             Ok(Stop::Closed) => {}
             Err(error) => self.report(&error),
         }
-        let Self { service, peer, vm, pause, .. } = self;
+        let Self { service, peer, vm, mut pause, .. } = self;
         peer.vcpu_questions().close();
-        service.resume_left(peer.credentials(), pause);
+        service.resumed(peer.credentials(), &mut pause, "the connection ended");
         service.broker().leave(&peer, vm.as_deref());
         // Other threads may still have the peer for a moment; the connection ends now.
         peer.shut_down();
@@ -205,9 +214,11 @@ impl Connection {
             Call::AddIntrospector(request) => service.add_introspector(credentials, &request)?,
             Call::RemoveIntrospector { name } => service.remove_introspector(&name)?,
             Call::FreeSlots { introspector } => service.free_slots(&introspector)?,
-            Call::Registers { target, first } => service.registers(credentials, &target, first)?,
+            Call::Registers { target, first } => {
+                service.registers(credentials, &target, first, &mut self.next_registers)?
+            }
             Call::Pause { target } => service.pause(credentials, &target, &mut self.pause)?,
-            Call::Resume { target } => service.resume(credentials, &target, self.pause.take())?,
+            Call::Resume { target } => service.resume(credentials, &target, &mut self.pause)?,
             Call::Hook { target, endpoint } => service.hook(credentials, &target, endpoint)?,
             Call::Unhook { target, endpoint } => service.unhook(credentials, &target, &endpoint)?,
             Call::Redeem { .. }

@@ -23,43 +23,58 @@ pub(crate) struct VmPause {
     pause: Pause,
 }
 
+/// Where the next page of registers begins of which a client has read those before it.
+pub(crate) struct NextRegisters {
+    vm: u64,
+    first: u32,
+}
+
 impl Service {
-    /// The registers of a target's vCPUs, a page of them.
+    /// The registers of a target's vCPUs, a page of them. The audit log has pages that follow each
+    /// other once; `next` is the connection's.
     pub(crate) fn registers(
         &self,
         peer: Credentials,
         target: &str,
         first: u32,
+        next: &mut Option<Box<NextRegisters>>,
     ) -> Result<Answer, CallError> {
         let (vm, questions) = self.asked(target)?;
         let (vcpus, more) = questions.registers(first, PAGE).map_err(refuse)?;
-        if first == 0 {
+        let follows = next.take().is_some_and(|next| next.vm == vm.id() && next.first == first);
+        if !follows {
             self.broker().audit().write(Event::Registers { vm: &vm, by: peer });
         }
+        // At most a page of them.
+        let after = first.checked_add(u32::try_from(vcpus.len()).unwrap_or(PAGE));
+        *next = after.filter(|_| more).map(|first| Box::new(NextRegisters { vm: vm.id(), first }));
         Ok(Answer::Registers { vcpus, more })
     }
 
     /// Stops a target for a connection that holds `held`, or checks that it is still stopped.
     ///
     /// # Errors
-    /// Where there is no such target, its VMM cannot be asked, or the pause has ended; then nothing
-    /// is held.
+    /// Where there is no such target or its VMM cannot be asked. Where `held` cannot be relied on any
+    /// more, it is ended.
     pub(crate) fn pause(
         &self,
         peer: Credentials,
         target: &str,
         held: &mut Option<VmPause>,
     ) -> Result<Answer, CallError> {
+        self.end_if_gone(peer, held);
         if let Some(VmPause { vm, pause }) = held {
             if self.broker().find(target)?.id() != vm.id() {
                 let message = "this connection has paused another VM: resume that one first";
                 return Err(CallError::new(Refusal::Limit, message));
             }
-            let checked = pause.check().map_err(refuse);
-            if checked.is_err() {
-                *held = None;
+            let checked = pause.check();
+            // Where too many others ask, it is as it was.
+            if checked.as_ref().is_err_and(|error| !matches!(error, AskError::Busy)) {
+                self.resumed(peer, held, "it could not be checked");
             }
-            return checked.map(|was_running| Answer::Paused { was_running });
+            let was_running = checked.map_err(refuse)?;
+            return Ok(Answer::Paused { was_running });
         }
         let (vm, questions) = self.asked(target)?;
         let (pause, was_running) = questions.pause().map_err(refuse)?;
@@ -71,29 +86,40 @@ impl Service {
     /// Ends a connection's pause.
     ///
     /// # Errors
-    /// Where it has ended before.
+    /// Where it has ended before, or is of another VM: that one stays paused.
     pub(crate) fn resume(
         &self,
         peer: Credentials,
         target: &str,
-        held: Option<VmPause>,
+        held: &mut Option<VmPause>,
     ) -> Result<Answer, CallError> {
+        self.end_if_gone(peer, held);
         let vm = self.broker().find(target)?;
-        let held = held.filter(|held| held.vm.id() == vm.id());
-        let VmPause { pause, .. } = held.ok_or_else(|| {
-            CallError::new(Refusal::Unknown, "this connection has not paused that VM")
-        })?;
+        let VmPause { pause, .. } =
+            held.take_if(|held| held.vm.id() == vm.id()).ok_or_else(|| {
+                CallError::new(Refusal::Unknown, "this connection has not paused that VM")
+            })?;
         let reason = "asked for";
         self.broker().audit().write(Event::Resumed { vm: &vm, reason, by: peer });
         pause.end().map_err(refuse)?;
         Ok(Answer::Done)
     }
 
-    /// Ends the pause of a connection that has ended.
-    pub(crate) fn resume_left(&self, peer: Credentials, held: Option<VmPause>) {
-        if let Some(VmPause { vm, .. }) = held {
-            let reason = "the connection ended";
+    /// Ends a connection's pause, if it has one, for another reason.
+    pub(crate) fn resumed(
+        &self,
+        peer: Credentials,
+        held: &mut Option<VmPause>,
+        reason: &'static str,
+    ) {
+        if let Some(VmPause { vm, .. }) = held.take() {
             self.broker().audit().write(Event::Resumed { vm: &vm, reason, by: peer });
+        }
+    }
+
+    fn end_if_gone(&self, peer: Credentials, held: &mut Option<VmPause>) {
+        if held.as_ref().is_some_and(|held| self.broker().vm(held.vm.id()).is_none()) {
+            self.resumed(peer, held, "the VM is gone");
         }
     }
 
@@ -142,4 +168,57 @@ fn refuse(error: AskError) -> CallError {
         | AskError::Watcher(_) => Refusal::Unsupported,
     };
     CallError::from_error(refusal, &error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use kvmmem_proto::message::{VcpuAnswer, VcpuQuestion};
+    use kvmmem_qemu::questions::{Ask, Reply};
+
+    use super::*;
+    use crate::core::limits::Limits;
+    use crate::test_peer::Connection;
+
+    /// A VMM that has too many questions at times.
+    #[derive(Debug, Default)]
+    struct Vmm {
+        is_busy: AtomicBool,
+        runs: AtomicBool,
+    }
+
+    impl Ask for Vmm {
+        fn put(&self, question: VcpuQuestion, reply: Option<Reply>) -> Result<(), AskError> {
+            if self.is_busy.load(Ordering::Relaxed) {
+                return Err(AskError::Busy);
+            }
+            let runs = matches!(question, VcpuQuestion::Resume { .. });
+            self.runs.store(runs, Ordering::Relaxed);
+            reply.map(|reply| reply.send(Ok(VcpuAnswer::Paused { was_running: true })));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_pause_lasts_while_the_vmm_has_too_many_questions() {
+        let service = Arc::new(Service::new(Limits::default()));
+        let mut tiger = Connection::new(&service, 0);
+        tiger.register_target("tiger").unwrap();
+        let vmm = Arc::new(Vmm::default());
+        let (pause, _) = Questions::new(Arc::clone(&vmm) as Arc<dyn Ask>).pause().unwrap();
+        let vm = service.broker().find("tiger").unwrap();
+        let mut held = Some(VmPause { vm, pause });
+        let mut pause = || {
+            let by = Credentials { pid: 1, uid: 0 };
+            service.pause(by, "tiger", &mut held).map_err(|refused| refused.refusal)
+        };
+        vmm.is_busy.store(true, Ordering::Relaxed);
+        assert_eq!(pause().err(), Some(Refusal::Busy));
+        vmm.is_busy.store(false, Ordering::Relaxed);
+        assert!(matches!(pause(), Ok(Answer::Paused { was_running: true })));
+        assert!(!vmm.runs.load(Ordering::Relaxed));
+        drop(held);
+        assert!(vmm.runs.load(Ordering::Relaxed));
+    }
 }

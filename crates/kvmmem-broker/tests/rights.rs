@@ -174,8 +174,7 @@ fn every_vm_that_registers_is_in_the_audit_log() {
         return;
     }
     let broker = TestBroker::start();
-    let log = broker.directory.path().join("audit.log");
-    broker.state.write_audit_to(&log).unwrap();
+    let log = broker.audit_log();
     // As after a start of the broker, when all VMMs connect at once.
     let vmms: Vec<Vmm> = (0..COUNT)
         .map(|number| {
@@ -186,10 +185,8 @@ fn every_vm_that_registers_is_in_the_audit_log() {
         .collect();
     drop(vmms);
     let lines = |event: &str| {
-        let text = std::fs::read_to_string(&log).unwrap();
-        let lines =
-            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        lines
+        log()
+            .iter()
             .filter(|line| line["event"] == event)
             .map(|line| line["name"].to_string())
             .collect::<BTreeSet<_>>()

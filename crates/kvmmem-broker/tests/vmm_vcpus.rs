@@ -111,6 +111,61 @@ fn a_vmm_answers_for_its_vcpus() {
     assert!(refused.to_string().contains("the VM runs again"), "{refused}");
 }
 
+/// What the audit log has about vCPUs: the event, and the reason where there is one.
+fn about_vcpus(log: &[serde_json::Value]) -> Vec<(&str, Option<&str>)> {
+    let events = log.iter().map(|line| (line["event"].as_str().unwrap(), line["reason"].as_str()));
+    events.filter(|(event, _)| ["registers", "paused", "resumed"].contains(event)).collect()
+}
+
+#[test]
+fn registers_are_in_the_audit_log_from_whichever_vcpu_on() {
+    let broker = TestBroker::start();
+    let log = broker.audit_log();
+    let (_link, _vmm) = Vmm::register(&broker, 35);
+    // Three pages.
+    broker.admin().registers("tiger").unwrap();
+    assert_eq!(about_vcpus(&log()), [("registers", None)]);
+    let mut operator = Liar::connect(&broker);
+    for first in [16, 32, 32, 100] {
+        operator.send(Call::Registers { target: "tiger".into(), first });
+        let answer = operator.receive();
+        assert!(matches!(answer, FromBroker::Answer { .. }), "{answer:?}");
+    }
+    // The second page follows the first; the others follow none.
+    assert_eq!(about_vcpus(&log()), [("registers", None); 4]);
+}
+
+#[test]
+fn a_resume_that_is_refused_ends_no_pause() {
+    let broker = TestBroker::start();
+    let log = broker.audit_log();
+    let (link, vmm) = Vmm::register(&broker, 1);
+    let _lion = broker.target("lion");
+    let mut admin = broker.admin();
+    admin.pause("tiger").unwrap();
+    for name in ["nobody", "lion"] {
+        admin.resume(name).unwrap_err();
+        assert!(vmm.is_paused(), "{name}");
+    }
+    admin.resume("tiger").unwrap();
+    assert!(!vmm.is_paused());
+    // One that the VMM has ended by itself.
+    admin.pause("tiger").unwrap();
+    vmm.resume_all();
+    admin.pause("tiger").unwrap_err();
+    admin.resume("tiger").unwrap_err();
+    // One of a VM that is gone does not keep the next one from being paused.
+    admin.pause("tiger").unwrap();
+    drop(link);
+    wait_for("the VM to go", || broker.state.number("tiger").is_none());
+    let (_link, vmm) = Vmm::register(&broker, 1);
+    assert!(admin.pause("tiger").unwrap() && vmm.is_paused());
+    let paused = ("paused", None);
+    let [asked, unchecked, gone] = ["asked for", "it could not be checked", "the VM is gone"]
+        .map(|why| ("resumed", Some(why)));
+    assert_eq!(about_vcpus(&log()), [paused, asked, paused, unchecked, paused, gone, paused]);
+}
+
 #[test]
 fn the_end_of_the_broker_ends_its_pauses() {
     let broker = TestBroker::start();
@@ -154,10 +209,14 @@ struct Liar {
 }
 
 impl Liar {
-    fn register(broker: &TestBroker) -> Self {
+    fn connect(broker: &TestBroker) -> Self {
         let socket = PacketSocket::connect(&broker.path, Duration::from_secs(60)).unwrap();
         socket.limit_receive(Some(Duration::from_secs(60))).unwrap();
-        let mut liar = Self { socket, buffer: PacketBuffer::default() };
+        Self { socket, buffer: PacketBuffer::default() }
+    }
+
+    fn register(broker: &TestBroker) -> Self {
+        let mut liar = Self::connect(broker);
         let ram = ram();
         let request = Request { id: 1, call: Call::Register(answering()) };
         liar.socket.send(&request, &[ram.as_fd()], Wait::Limited).unwrap();
@@ -167,6 +226,10 @@ impl Liar {
             "{answer:?}"
         );
         liar
+    }
+
+    fn send(&self, call: Call) {
+        self.socket.send(&Request { id: 1, call }, &[], Wait::Limited).unwrap();
     }
 
     fn receive(&mut self) -> FromBroker {
@@ -181,8 +244,7 @@ impl Liar {
     }
 
     fn answer(&self, id: u64, answer: VcpuAnswer) {
-        let request = Request { id: 0, call: Call::VcpuAnswer { id, answer } };
-        self.socket.send(&request, &[], Wait::Limited).unwrap();
+        self.send(Call::VcpuAnswer { id, answer });
     }
 }
 

@@ -28,6 +28,8 @@ use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
+use kvmmem_proto::message::{self, Answer, Call, FromBroker, RevokeReport};
+use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use uuid::Uuid;
@@ -50,6 +52,12 @@ impl TestBroker {
     /// One with other limits than the usual ones.
     pub(crate) fn start_with(limits: Limits) -> Self {
         Self::start_so(tempfile::tempdir().unwrap(), limits)
+    }
+
+    /// One whose revocations wait until all have confirmed or ended.
+    pub(crate) fn start_patient() -> Self {
+        let confirmation = Duration::from_secs(3600);
+        Self::start_with(Limits { confirmation, ..Limits::default() })
     }
 
     pub(crate) fn start_in(directory: tempfile::TempDir) -> Self {
@@ -79,6 +87,16 @@ impl TestBroker {
         }
     }
 
+    /// The lines of the audit log from now on.
+    pub(crate) fn audit_log(&self) -> impl Fn() -> Vec<serde_json::Value> + use<> {
+        let path = self.directory.path().join("audit.log");
+        self.state.write_audit_to(&path).unwrap();
+        move || {
+            let text = std::fs::read_to_string(&path).unwrap();
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        }
+    }
+
     pub(crate) fn target(&self, name: &str) -> VmmLink {
         VmmLink::connect(&self.path, target(name), Some(ram())).unwrap()
     }
@@ -102,6 +120,19 @@ impl TestBroker {
 
     pub(crate) fn grant(&self, request: &GrantRequest) -> NewGrant {
         self.admin().grant(request).unwrap()
+    }
+
+    /// Revokes a grant, and waits longer for it than [`Admin::revoke`] does.
+    pub(crate) fn revoke(&self, grant: u64) -> RevokeReport {
+        let socket = PacketSocket::connect(&self.path, PATIENCE).unwrap();
+        socket.limit_receive(Some(PATIENCE)).unwrap();
+        let request = message::Request { id: 1, call: Call::Revoke { grant } };
+        socket.send(&request, &[], Wait::Limited).unwrap();
+        let (answer, _) = socket.receive(&mut PacketBuffer::default()).unwrap().unwrap();
+        match answer {
+            FromBroker::Answer { answer: Answer::Revoked(report), .. } => report,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Makes a token as a hook to a tool in the VM with this context id does.
