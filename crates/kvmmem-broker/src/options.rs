@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use kvmmem_proto::guest::GUEST_PORT;
 use kvmmem_proto::message::KvmiPolicy;
@@ -20,12 +21,14 @@ const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 ///
 /// Exit status: 0 after SIGTERM or SIGINT; 1 if it cannot serve; 2 for a wrong command line; 3 if
 /// another instance has the socket.
-#[derive(Debug, Parser)]
+#[derive(Debug, Default, Parser, Deserialize)]
 #[command(name = "kvmmemd", version)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
     /// Read what the command line leaves open from this TOML file; its keys are named like the
     /// options.
     #[arg(long, value_name = "PATH")]
+    #[serde(skip)]
     config: Option<PathBuf>,
 
     /// Where VMMs and the command line connect [default: /run/kvmmem/kvmmemd.sock].
@@ -62,6 +65,7 @@ pub struct Options {
     /// The vsock port at which introspectors under a stock QEMU ask for views, from the first one
     /// that is added on [default: 27510].
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u32).range(1..0xffff_ffff))]
+    #[serde(deserialize_with = "port")]
     guest_port: Option<u32>,
 }
 
@@ -126,20 +130,6 @@ pub(crate) enum ConfigError {
     },
 }
 
-/// The file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Config {
-    socket: Option<PathBuf>,
-    group: Option<String>,
-    json: Option<bool>,
-    log: Option<String>,
-    audit: Option<PathBuf>,
-    state: Option<PathBuf>,
-    kvmi_tokens: Option<KvmiTokens>,
-    guest_port: Option<u32>,
-}
-
 impl Options {
     /// The command line, and beneath it the configuration file, if the command line names one.
     /// `rust_log` is the environment's `RUST_LOG`, which comes between the two.
@@ -148,7 +138,7 @@ impl Options {
         Ok(Settings {
             socket: self.socket.or(config.socket).unwrap_or_else(|| SOCKET.into()),
             group: self.group.or(config.group),
-            json: self.json || config.json.unwrap_or(false),
+            json: self.json || config.json,
             log: self.log.or(rust_log).or(config.log).unwrap_or_else(|| "info".to_owned()),
             audit: self.audit.or(config.audit),
             state: self.state.or(config.state),
@@ -158,7 +148,15 @@ impl Options {
     }
 }
 
-fn read(path: &Path) -> Result<Config, ConfigError> {
+/// A vsock port as the command line takes it.
+fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    match u32::deserialize(deserializer)? {
+        0 | u32::MAX => Err(D::Error::custom("guest-port is from 1 to 4294967294")),
+        port => Ok(Some(port)),
+    }
+}
+
+fn read(path: &Path) -> Result<Options, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
@@ -245,6 +243,9 @@ mod tests {
             ("sockett = \"/a\"", "sockett"),
             ("json = 3", "json"),
             ("kvmi-tokens = \"all\"", "all"),
+            ("guest-port = 0", "from 1 to"),
+            ("guest-port = 4294967295", "from 1 to"),
+            ("config = \"/a\"", "config"),
             ("[socket]", "socket"),
         ] {
             let error = settings(config, &[], None).unwrap_err();

@@ -2,7 +2,8 @@
 //! The memory of a guest as it would be if a layout and a choice of mappings were right: for them
 //! to be checked by.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use kvmmem_proto::map::Region;
@@ -15,7 +16,7 @@ use super::process::Process;
 /// Where a mapping's bytes are read from: a file, and the place in it of the first byte.
 #[derive(Clone, Debug)]
 pub(crate) struct Window {
-    file: Arc<OwnedFd>,
+    file: Arc<File>,
     offset: u64,
 }
 
@@ -38,7 +39,7 @@ impl Window {
             Some(shared) => shared,
             None => (process.memory()?, backing.hva),
         };
-        Ok(Self { file: Arc::new(file), offset })
+        Ok(Self { file: Arc::new(file.into()), offset })
     }
 }
 
@@ -62,20 +63,9 @@ impl<'a> Guest<'a> {
         Some(())
     }
 
-    fn read_region(&self, region: &Region, start: u64, mut bytes: &mut [u8]) -> Option<()> {
+    fn read_region(&self, region: &Region, start: u64, bytes: &mut [u8]) -> Option<()> {
         let window = self.windows.get(usize::try_from(region.file).ok()?)?;
-        let mut place = window.offset.checked_add(region.offset)?.checked_add(start)?;
-        while !bytes.is_empty() {
-            match rustix::io::pread(window.file.as_fd(), &mut *bytes, place) {
-                Ok(0) => return None,
-                Ok(count) => {
-                    bytes = bytes.get_mut(count..)?;
-                    place += count as u64;
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return None,
-            }
-        }
-        Some(())
+        let place = window.offset.checked_add(region.offset)?.checked_add(start)?;
+        window.file.read_exact_at(bytes, place).ok()
     }
 }

@@ -57,22 +57,6 @@ impl fmt::Debug for Queue {
 }
 
 impl Queue {
-    pub(super) fn set_handler(&mut self, handler: Weak<dyn ViewEvents>) {
-        self.handler = Some(handler);
-    }
-
-    pub(super) fn revoke(&mut self, grant: u64) {
-        self.push(Event::Revoke(grant));
-    }
-
-    pub(super) fn gone(&mut self, target: u64) {
-        self.push(Event::Gone(target));
-    }
-
-    pub(super) fn changed(&mut self, target: u64) {
-        self.push(Event::Changed(target));
-    }
-
     /// What waits is void: everything ends.
     pub(super) fn lost(&mut self) {
         self.waiting.clear();
@@ -82,7 +66,7 @@ impl Queue {
 
     /// An event that waits already says the same: a target that changes all the time makes no
     /// longer queue.
-    fn push(&mut self, event: Event) {
+    pub(super) fn push(&mut self, event: Event) {
         if !self.waiting.contains(&event) {
             self.waiting.push_back(event);
         }

@@ -3,14 +3,13 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use kvmmem_proto::client::{self, ClientError};
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{Call, Change, Registration};
-use kvmmem_proto::packet::PacketSocket;
 
 use super::cache::Cache;
 use super::events::{Queue, ViewEvents};
@@ -39,15 +38,6 @@ impl VmmLink {
         files: impl IntoIterator<Item = OwnedFd>,
     ) -> Result<Self, ClientError> {
         let connected = client::connect(socket)?;
-        Self::register(socket.to_owned(), connected, registration, files.into_iter().collect())
-    }
-
-    fn register(
-        path: PathBuf,
-        socket: PacketSocket,
-        registration: Registration,
-        files: Vec<OwnedFd>,
-    ) -> Result<Self, ClientError> {
         let answers = registration.vcpu_questions;
         let state = State {
             registration,
@@ -64,13 +54,13 @@ impl VmmLink {
             stopped: false,
         };
         let shared = Arc::new(Shared {
-            path,
-            files,
+            path: socket.to_owned(),
+            files: files.into_iter().collect(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             outbox: Outbox::default(),
         });
-        let connection = reader::register(&shared, socket)?;
+        let connection = reader::register(&shared, connected)?;
         let mut link = Self { shared, threads: Vec::new() };
         // A link that is dropped because of the second thread ends the first one.
         link.start("broker-link", move |shared| reader::run(shared, connection))?;
@@ -112,7 +102,7 @@ impl VmmLink {
     /// Sets who is told of what happens to views, and to pages that were mapped by
     /// [`VmmLink::redeem`]. Without it a revoked grant is never confirmed to the broker.
     pub fn set_events(&self, events: Weak<dyn ViewEvents>) {
-        self.shared.lock().events.set_handler(events);
+        self.shared.lock().events.handler = Some(events);
         self.shared.changed.notify_all();
     }
 
@@ -120,7 +110,7 @@ impl VmmLink {
     /// promised that ([`Registration::vcpu_questions`]). Before this they are answered with an
     /// error.
     pub fn set_vcpus(&self, vcpus: Weak<dyn Vcpus>) {
-        self.shared.lock().vcpus.set_handler(vcpus);
+        self.shared.lock().vcpus.handler = Some(vcpus);
         self.shared.changed.notify_all();
     }
 

@@ -14,6 +14,7 @@ use kvmmem_proto::packet::{PacketBuffer, PacketError, PacketSocket};
 use rustix::io::Errno;
 
 use super::error::RedeemError;
+use super::events::Event;
 use super::state::{Shared, State};
 use super::target::Target;
 use super::views::Views;
@@ -180,7 +181,7 @@ fn take(
                 let (name, uuid) = (known.name.clone(), known.uuid);
                 let changed = Target { id: target, name, uuid, generation, map, files };
                 state.cache.insert_target(changed);
-                state.events.changed(target);
+                state.events.push(Event::Changed(target));
             }
         }
         FromBroker::Granted { token, grant, target, scope, expires_in_ms } => {
@@ -197,13 +198,13 @@ fn take(
         FromBroker::Revoke { grant } => {
             state.cache.revoke(grant);
             state.views.revoke(grant);
-            state.events.revoke(grant);
+            state.events.push(Event::Revoke(grant));
         }
         FromBroker::AskVcpus { id, question } => state.vcpus.push(id, question),
         FromBroker::Gone { target } => {
             state.cache.forget(target);
             state.views.forget(target);
-            state.events.gone(target);
+            state.events.push(Event::Gone(target));
         }
         FromBroker::Answer { id, answer } => return Ok(answered(state, id, Ok(answer))),
         FromBroker::Refused { id, refusal, .. } => {

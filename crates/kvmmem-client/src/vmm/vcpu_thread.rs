@@ -43,15 +43,7 @@ fn wait(shared: &Shared, limit: Option<Duration>) -> MutexGuard<'_, State> {
     let is_idle = |state: &mut State| {
         !state.stopped && !state.vcpus.is_lost && state.vcpus.waiting.is_empty()
     };
-    let state = shared.lock();
-    match limit {
-        None => shared.changed.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner),
-        Some(limit) => {
-            shared
-                .changed
-                .wait_timeout_while(state, limit, is_idle)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0
-        }
-    }
+    let limit = limit.unwrap_or(Duration::MAX);
+    let waited = shared.changed.wait_timeout_while(shared.lock(), limit, is_idle);
+    waited.unwrap_or_else(PoisonError::into_inner).0
 }

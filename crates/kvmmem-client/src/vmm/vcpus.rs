@@ -39,10 +39,6 @@ impl fmt::Debug for Questions {
 }
 
 impl Questions {
-    pub(super) fn set_handler(&mut self, handler: Weak<dyn Vcpus>) {
-        self.handler = Some(handler);
-    }
-
     pub(super) fn push(&mut self, id: u64, question: VcpuQuestion) {
         if self.waiting.len() < MAX_WAITING {
             self.waiting.push_back((id, question));
