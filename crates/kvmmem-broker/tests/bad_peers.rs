@@ -174,7 +174,7 @@ fn bad_registrations_are_refused() {
 #[test]
 fn a_connection_registers_one_vm() {
     let broker = TestBroker::start();
-    let peer = PacketSocket::connect(&broker.path, Duration::from_secs(5)).unwrap();
+    let peer = PacketSocket::connect(&broker.path, Duration::from_secs(60)).unwrap();
     let mut buffer = PacketBuffer::default();
     let mut ask = |id, call, fd: Option<OwnedFd>| {
         peer.send(&Request { id, call }, fd.as_ref().map(AsFd::as_fd).as_slice(), Wait::Limited)
