@@ -116,9 +116,8 @@ impl Listener {
         run: Arc<Run>,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
-        let work = Work { found: monitor.is_up(), ..Work::default() };
         let state = State {
-            work,
+            work: Work::default(),
             is_working: false,
             gather: Instant::now(),
             memory: None,
@@ -136,6 +135,10 @@ impl Listener {
             wake: Box::new(wake),
         });
         listener.monitor.subscribe(listener.subscriber(), find, AGAIN_AT_LAST, run);
+        // From here on a connection that is made or lost is heard of.
+        let mut state = listener.state();
+        state.work.found |= listener.monitor.is_up();
+        drop(state);
         listener
     }
 

@@ -16,12 +16,13 @@
 //! [`MonitorEvent::Found`].
 
 mod connection;
+mod end;
 mod loan;
 mod reconnect;
 mod subscriber;
+mod users;
 
 use std::fmt;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
@@ -33,6 +34,8 @@ use crate::file_id::FileId;
 use crate::qmp::{Qmp, QmpError};
 use connection::{Command, Connection, Output, shut_down};
 pub use subscriber::{Counts, MonitorEvent, Subscriber};
+pub use users::{Find, Run};
+use users::{User, Users};
 
 /// How soon a lost connection is made anew at first; each further attempt waits twice as long.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -43,31 +46,15 @@ const SOON: Duration = Duration::from_millis(1);
 /// How often to look whether an attempt to connect has failed.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Connects again to the same QEMU, or finds that it cannot be reached now. May take seconds.
-pub type Find = dyn Fn() -> Option<Qmp> + Send + Sync;
-
-/// Does a job that may wait for seconds, on another thread than the one that steps.
-///
-/// # Errors
-/// Where there is no thread for it.
-pub type Run = dyn Fn(Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
-
-/// A connection that is there, or is coming back, as long as it has users.
+/// A connection that is there, or is coming back, as long as it has users. Once the last one has
+/// gone it ends with the last loan; a new user has it made anew.
 pub struct Monitor {
     path: PathBuf,
     state: Mutex<State>,
     /// Held while events and answers are passed on, which keeps their order.
     passing: Mutex<()>,
-    users: Mutex<Vec<User>>,
-}
-
-/// Who uses a monitor.
-struct User {
-    subscriber: Weak<dyn Subscriber>,
-    find: Arc<Find>,
-    /// The longest pause between two attempts to connect.
-    again_at_last: Duration,
-    run: Arc<Run>,
+    /// Locked before `state`, never while that is locked.
+    users: Mutex<Users>,
 }
 
 /// When to step again, apart from when the socket is readable.
@@ -92,19 +79,23 @@ struct State {
     is_stopped: bool,
 }
 
+impl State {
+    fn new(connection: Option<Connection>, counts: Counts) -> Self {
+        Self {
+            file: connection.as_ref().and_then(|connection| connection.file),
+            again: connection.is_none().then(Instant::now),
+            connection,
+            counts,
+            pause: AGAIN,
+            is_stopped: false,
+        }
+    }
+}
+
 impl Monitor {
     /// Takes a connection over, or makes the first one once there is a user.
     pub fn new(path: PathBuf, qmp: Option<Qmp>) -> Arc<Self> {
-        let connection = qmp.and_then(Connection::of);
-        let again = connection.is_none().then(Instant::now);
-        let state = State {
-            file: connection.as_ref().and_then(|connection| connection.file),
-            connection,
-            counts: Counts::default(),
-            again,
-            pause: AGAIN,
-            is_stopped: false,
-        };
+        let state = State::new(qmp.and_then(Connection::of), Counts::default());
         Arc::new(Self {
             path,
             state: Mutex::new(state),
@@ -127,20 +118,15 @@ impl Monitor {
         again_at_last: Duration,
         run: Arc<Run>,
     ) {
-        lock(&self.users).push(User { subscriber, find: Arc::new(find), again_at_last, run });
+        let mut users = lock(&self.users);
+        users.add(User { subscriber, find: Arc::new(find), again_at_last, run });
+        // Under the same lock as the end that another user's leaving may have brought.
+        self.revive(None);
     }
 
-    /// Removes a user. The connection ends with the last one.
+    /// Removes a user. The connection ends with the last one, unless it is lent.
     pub fn unsubscribe(&self, subscriber: &Weak<dyn Subscriber>) {
-        let mut users = lock(&self.users);
-        users.retain(|user| {
-            user.subscriber.strong_count() > 0 && !Weak::ptr_eq(&user.subscriber, subscriber)
-        });
-        let is_last = users.is_empty();
-        drop(users);
-        if is_last {
-            self.stop();
-        }
+        self.leave(|users| users.remove(subscriber));
     }
 
     /// Ends this connection, whose QEMU has answered what makes no sense; a new one is made.
@@ -225,20 +211,6 @@ impl Monitor {
         self.put(Command::new(command, arguments, None, Box::new(reply)), None);
     }
 
-    /// Ends the connection for good; commands under way fail.
-    fn stop(&self) {
-        let mut state = self.state();
-        state.is_stopped = true;
-        state.again = None;
-        let connection = state.connection.take();
-        drop(state);
-        if let Some(mut connection) = connection {
-            let mut outputs = Vec::new();
-            connection.fail(self.down(), &self.path, &mut outputs);
-            outputs.into_iter().for_each(Output::answer);
-        }
-    }
-
     /// Queues a command, for one connection alone where `losses` says so.
     fn put(&self, command: Command, losses: Option<u64>) {
         let mut state = self.state();
@@ -258,7 +230,7 @@ impl Monitor {
             return;
         }
         let subscribers: Vec<Arc<dyn Subscriber>> =
-            lock(&self.users).iter().filter_map(|user| user.subscriber.upgrade()).collect();
+            lock(&self.users).all().iter().filter_map(|user| user.subscriber.upgrade()).collect();
         for output in outputs {
             let event = match output {
                 Output::Event(event) => {

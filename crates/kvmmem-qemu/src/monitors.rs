@@ -15,7 +15,7 @@ pub struct Monitors(Mutex<Vec<Weak<Monitor>>>);
 impl Monitors {
     /// A QMP connection for a conversation: that of the monitor at this socket, or a new one.
     pub fn connect(&self, path: &Path) -> Result<Qmp, QmpError> {
-        let has_path = |monitor: &Monitor| monitor.path() == path;
+        let has_path = |monitor: &Monitor| monitor.path() == path && monitor.is_active();
         let monitor = match self.find(has_path) {
             Some(monitor) => Some(monitor),
             // Another name of the same socket, or none's.
@@ -29,9 +29,13 @@ impl Monitors {
         monitor.map_or_else(|| Qmp::connect(path), |monitor| monitor.lend())
     }
 
-    /// The monitor at the path of a connection, which it takes over where it is new.
+    /// The monitor at the path of a connection, which it takes over where it has none. The caller
+    /// subscribes.
     pub fn of(&self, path: &Path, qmp: Option<Qmp>) -> Arc<Monitor> {
+        // Also one that has ended: another caller may be about to subscribe to it, and QEMU serves one
+        // connection.
         if let Some(monitor) = self.find(|monitor| monitor.path() == path) {
+            monitor.expect_user(qmp);
             return monitor;
         }
         let monitor = Monitor::new(path.to_owned(), qmp);
@@ -43,7 +47,7 @@ impl Monitors {
         let mut monitors = self.lock();
         monitors.retain(|monitor| monitor.strong_count() > 0);
         let mut monitors = monitors.iter().filter_map(Weak::upgrade);
-        monitors.find(|monitor| is_it(monitor) && monitor.is_active())
+        monitors.find(|monitor| is_it(monitor))
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Weak<Monitor>>> {

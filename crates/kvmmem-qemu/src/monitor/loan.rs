@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Monitor;
 use super::connection::{Command, shut_down};
+use super::users::Users;
+use super::{Monitor, lock};
 use crate::qmp::{LIMIT, Qmp, QmpError, SharedConnection};
 
 /// How long a command may wait for those before it.
 const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
-/// One connection of a monitor's, lent.
+/// How long a command waits before it looks whether it has to step.
+const TURN: Duration = Duration::from_millis(20);
+
+/// One connection of a monitor's, lent. It does not end before the loan, unless it is lost.
 #[derive(Debug)]
 struct Loan {
     monitor: Arc<Monitor>,
@@ -43,19 +47,23 @@ impl SharedConnection for Loan {
         let command = Command::new(command, arguments, fd, Box::new(reply));
         self.monitor.put(command, Some(self.losses));
         let end = end.unwrap_or_else(|| Instant::now() + QUEUE_LIMIT);
+        let due = Instant::now() + LIMIT;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            match answer.recv_timeout(left.min(LIMIT)) {
+            match answer.recv_timeout(left.min(TURN)) {
                 Ok(result) => return result,
                 Err(RecvTimeoutError::Disconnected) => return Err(self.monitor.down()),
-                // Who steps may not know that the command is due.
-                Err(RecvTimeoutError::Timeout) if left > LIMIT => drop(self.monitor.step()),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.monitor.step();
-                    return answer
-                        .try_recv()
-                        .unwrap_or_else(|_| Err(QmpError::Silent(path.to_owned())));
-                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // Who steps may not know that the command is due, or be gone.
+            let is_over = left <= TURN;
+            if is_over || Instant::now() >= due || self.monitor.is_left() {
+                self.monitor.step();
+            }
+            if is_over {
+                return answer
+                    .try_recv()
+                    .unwrap_or_else(|_| Err(QmpError::Silent(path.to_owned())));
             }
         }
     }
@@ -69,17 +77,29 @@ impl SharedConnection for Loan {
     }
 }
 
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.monitor.leave(Users::end_loan);
+    }
+}
+
 impl Monitor {
     /// The connection as it is now, for commands whose answers are waited for; they fail once it is
-    /// lost.
+    /// lost. The monitor keeps it until it is returned, also without users.
     ///
     /// # Errors
     /// [`QmpError::Down`] where there is none.
     pub fn lend(self: &Arc<Self>) -> Result<Qmp, QmpError> {
+        let mut users = lock(&self.users);
         let state = self.state();
         let connection = state.connection.as_ref().ok_or_else(|| self.down())?;
         let (stream, losses) = (Arc::clone(connection.stream()), state.counts.losses);
+        users.lend();
         let loan = Loan { monitor: Arc::clone(self), stream, losses };
         Ok(Qmp::over(self.path.clone(), Box::new(loan)))
+    }
+
+    fn is_left(&self) -> bool {
+        lock(&self.users).are_gone()
     }
 }

@@ -26,8 +26,8 @@ impl Monitor {
 
     pub(super) fn connect_again(self: &Arc<Self>) {
         let users = lock(&self.users);
-        let finds: Vec<Arc<Find>> = users.iter().map(|user| Arc::clone(&user.find)).collect();
-        let run = users.first().map(|user| Arc::clone(&user.run));
+        let finds: Vec<Arc<Find>> = users.all().iter().map(|user| Arc::clone(&user.find)).collect();
+        let run = users.all().first().map(|user| Arc::clone(&user.run));
         drop(users);
         let me = Arc::downgrade(self);
         let attempt = move || {
@@ -42,7 +42,7 @@ impl Monitor {
     }
 
     fn found(&self, connection: Option<Connection>) {
-        let again_at_last = lock(&self.users).iter().map(|user| user.again_at_last).min();
+        let again_at_last = lock(&self.users).all().iter().map(|user| user.again_at_last).min();
         let mut state = self.state();
         if state.is_stopped || state.connection.is_some() {
             return;

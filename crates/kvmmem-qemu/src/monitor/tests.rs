@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use serde_json::json;
 
 use super::*;
+use crate::fake_qemu::Fake;
 use crate::monitors::Monitors;
 use crate::qmp::MAX_EVENTS;
 use crate::qmp::tests::{GREETING, flooded, serve};
@@ -173,4 +174,66 @@ fn two_users_have_one_connection_which_ends_with_the_last_of_them() {
     assert!(matches!(command.recv().unwrap(), Err(QmpError::Down(_))));
     qemu.join().unwrap();
     assert_eq!(monitor.step(), Step { until: None, is_behind: false });
+}
+
+#[test]
+fn a_user_that_comes_after_the_end_has_a_connection_again() {
+    let fake = Fake::start("running");
+    let monitors = Monitors::default();
+    let subscribe = |monitor: &Arc<Monitor>, ear: &Arc<Ear>| {
+        let path = fake.path.clone();
+        let find = move || Qmp::connect(&path).ok();
+        monitor.subscribe(subscriber(ear), find, Duration::from_secs(1), threads());
+    };
+    let [ear, other] = [(); 2].map(|()| Arc::new(Ear::default()));
+    let monitor = monitors.of(&fake.path, Some(monitors.connect(&fake.path).unwrap()));
+    subscribe(&monitor, &ear);
+    // Another user is about to come when the last one goes.
+    let expected = monitors.of(&fake.path, None);
+    monitor.unsubscribe(&subscriber(&ear));
+    assert!(!monitor.is_up());
+    // A third one has the same monitor, as QEMU serves one connection.
+    assert!(Arc::ptr_eq(&monitors.of(&fake.path, None), &expected));
+    subscribe(&expected, &other);
+    step_until(&expected, || expected.is_up());
+    assert_eq!(result(&expected, &send(&expected)).unwrap(), json!({}));
+    expected.unsubscribe(&subscriber(&other));
+    assert!(!expected.is_up());
+    // Where the user that comes has a connection already, that is used.
+    let again = monitors.of(&fake.path, Some(monitors.connect(&fake.path).unwrap()));
+    assert!(Arc::ptr_eq(&again, &expected) && again.is_up());
+}
+
+#[test]
+fn a_connection_that_is_lent_ends_after_the_last_user_and_the_loan() {
+    let fake = Fake::start("running");
+    let (monitor, ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), || None);
+    let mut lent = [(); 2].map(|()| monitor.lend().unwrap());
+    monitor.unsubscribe(&subscriber(&ear));
+    // No user steps any more: the one that waits does.
+    for lent in &mut lent {
+        assert_eq!(lent.status().unwrap(), "running");
+    }
+    let [first, second] = lent;
+    drop(first);
+    assert!(monitor.is_up());
+    drop(second);
+    assert!(!monitor.is_up());
+    assert_eq!(monitor.step(), Step { until: None, is_behind: false });
+}
+
+#[test]
+fn a_loan_that_ends_before_there_is_a_user_ends_no_connection() {
+    let fake = Fake::start("running");
+    let monitors = Monitors::default();
+    let monitor = monitors.of(&fake.path, Some(monitors.connect(&fake.path).unwrap()));
+    drop(monitor.lend().unwrap());
+    assert!(monitor.is_up());
+    let ear = Arc::new(Ear::default());
+    monitor.subscribe(subscriber(&ear), || None, Duration::from_secs(1), threads());
+    let lent = monitors.connect(&fake.path).unwrap();
+    monitor.unsubscribe(&subscriber(&ear));
+    // The one that has it is a user soon.
+    assert!(Arc::ptr_eq(&monitors.of(&fake.path, Some(lent)), &monitor));
+    assert!(monitor.is_up());
 }
