@@ -157,6 +157,8 @@ impl Broker {
 
     /// Ends a connection: its VM, its views and its channels end.
     pub(crate) fn leave(&self, peer: &Peer, vm: Option<&Vm>) {
+        // It is closed last: what ends with the connection does not wait for that.
+        let ram = vm.and_then(Vm::ram);
         if let Some(vm) = vm {
             self.retire(vm);
         }
@@ -164,7 +166,7 @@ impl Broker {
         let now = self.now();
         self.decide(|tables| tables.core.peer_lost(now, peer.number()));
         let left = self.tables().peers.remove(&peer.number());
-        drop(left);
+        drop((left, ram));
     }
 
     /// The target of a view, and what the view reaches of it; `None` once the view has ended: its

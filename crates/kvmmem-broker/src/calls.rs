@@ -185,9 +185,8 @@ impl Broker {
     ) -> Result<Option<Vec<OwnedFd>>, CallError> {
         let (now, mut tables) = (self.now(), self.tables());
         let opened = tables.core.would_open(now, peer.number(), token, read_only);
-        let ram = opened.and_then(|(target, rights)| {
-            Some((Arc::clone(tables.vms.get(&target)?.ram()?), rights))
-        });
+        let ram =
+            opened.and_then(|(target, rights)| Some((tables.vms.get(&target)?.ram()?, rights)));
         drop(tables);
         let Some((ram, rights)) = ram else { return Ok(None) };
         let files = match rights {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Registration, Request};
-use kvmmem_proto::packet::{PacketError, Wait};
+use kvmmem_proto::packet::{PacketError, PacketSocket, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
@@ -149,10 +149,12 @@ impl Connection {
     /// # Errors
     /// Where it is silent too long.
     fn wait(&self) -> Result<bool, PacketError> {
-        let Some(socket) = self.peer.socket() else { return Ok(true) };
         let limit = Timespec::try_from(self.silence.unwrap_or(IDLE)).ok();
+        let poll = |socket: &PacketSocket| {
+            rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], limit.as_ref())
+        };
         loop {
-            match rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], limit.as_ref()) {
+            match self.peer.with_socket(poll).unwrap_or(Ok(1)) {
                 Ok(0) if self.silence.is_none() => return Ok(false),
                 Ok(0) => return Err(PacketError::Receive(Errno::AGAIN)),
                 Ok(_) => return Ok(true),
@@ -164,8 +166,8 @@ impl Connection {
 
     /// The next request; `None` when the peer has closed.
     fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, PacketError> {
-        let Some(socket) = self.peer.socket() else { return Ok(None) };
-        self.service.broker().buffers().lend(|buffer| socket.receive(buffer))
+        let receive = |buffer: &mut _| self.peer.with_socket(|socket| socket.receive(buffer));
+        self.service.broker().buffers().lend(receive).unwrap_or(Ok(None))
     }
 
     fn carry_out(&mut self, call: Call, files: Vec<OwnedFd>) -> Result<Outcome, CallError> {

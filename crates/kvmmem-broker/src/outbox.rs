@@ -67,6 +67,12 @@ impl Outbox {
         waiting.packets.pop_front().map(QueueHead::Packet)
     }
 
+    /// Drops what waits.
+    pub(crate) fn clear(&self) {
+        let packets = std::mem::take(&mut self.lock().packets);
+        drop(packets);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         lock(&self.waiting)
     }

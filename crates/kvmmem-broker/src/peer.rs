@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker's end of a connection.
+//!
+//! Closing a socket may block for as long as its peer likes: a packet that was not received may hold
+//! a file whose last close blocks, such as a TCP socket with `SO_LINGER`. Any thread may have a
+//! [`Peer`], the reactor's and other connections' too, so dropping one must close nothing. The
+//! connection's own thread takes the socket out when it ends ([`Peer::close`]); others use it under a
+//! lock, for a moment, and never own it.
 
 use std::fmt::Debug;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -51,8 +57,9 @@ pub(crate) trait Viewer: Debug + Send + Sync {
 /// How a peer is reached.
 #[derive(Debug)]
 enum Transport {
-    /// A unix socket.
-    Socket(PacketSocket),
+    /// A unix socket, until it is closed. Locked for reading while it is used; no other lock of
+    /// the broker's is taken then, but the reactor's.
+    Socket(RwLock<Option<PacketSocket>>),
     /// Calls within this process.
     Viewer(Arc<dyn Viewer>),
     /// Not at all: the VMM of a target that the broker has attached by itself.
@@ -78,7 +85,7 @@ pub(crate) struct Peer {
 impl Peer {
     /// The peer at the other end of a socket.
     pub(crate) fn new(socket: PacketSocket, credentials: Credentials) -> Self {
-        Self::over(Transport::Socket(socket), credentials)
+        Self::over(Transport::Socket(RwLock::new(Some(socket))), credentials)
     }
 
     /// An introspector of this process, whose VMM has these credentials.
@@ -105,11 +112,22 @@ impl Peer {
         self.number
     }
 
-    /// The connection; `None` where the peer has none.
-    pub(crate) fn socket(&self) -> Option<&PacketSocket> {
-        match &self.transport {
-            Transport::Socket(socket) => Some(socket),
-            Transport::Viewer(_) | Transport::None => None,
+    /// Uses the connection; `None` where the peer has none, or it is closed. Only the connection's
+    /// own thread may wait for the peer in this.
+    pub(crate) fn with_socket<T>(&self, act: impl FnOnce(&PacketSocket) -> T) -> Option<T> {
+        let Transport::Socket(socket) = &self.transport else { return None };
+        socket.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(act)
+    }
+
+    /// Closes the connection, and the files of what waits to be sent over it. To be called by the
+    /// connection's own thread, for it may block. Threads that still have the peer have no file by it
+    /// from then on.
+    pub(crate) fn close(&self) {
+        // First, for it may be the last to have the RAM of other VMs.
+        self.outbox.clear();
+        if let Transport::Socket(socket) = &self.transport {
+            let closed = socket.write().unwrap_or_else(PoisonError::into_inner).take();
+            drop(closed);
         }
     }
 
@@ -123,15 +141,13 @@ impl Peer {
         files: &[BorrowedFd<'_>],
         wait: Wait,
     ) -> Result<(), PacketError> {
-        let socket = self.socket().ok_or(PacketError::Send(Errno::NOTCONN))?;
-        socket.send(message, files, wait)
+        let sent = self.with_socket(|socket| socket.send(message, files, wait));
+        sent.unwrap_or(Err(PacketError::Send(Errno::NOTCONN)))
     }
 
     /// Ends the connection, if there is one.
     pub(crate) fn shut_down(&self) {
-        if let Some(socket) = self.socket() {
-            socket.shut_down();
-        }
+        self.with_socket(PacketSocket::shut_down);
     }
 
     /// Who it is.
@@ -212,8 +228,7 @@ impl Peer {
     /// # Errors
     /// Where the connection is broken.
     pub(crate) fn has_read(&self) -> Result<bool, PacketError> {
-        let Some(socket) = self.socket() else { return Ok(true) };
-        let unread = unread(socket);
+        let Some(unread) = self.with_socket(|socket| unread(socket)) else { return Ok(true) };
         let unread = unread.map_err(|error| {
             PacketError::Send(Errno::from_io_error(&error).unwrap_or(Errno::IO))
         })?;

@@ -104,9 +104,11 @@ impl Reactor {
         deadline: Option<Instant>,
     ) -> io::Result<()> {
         let Some(kernel) = self.0.kernel.get() else { return Ok(()) };
+        // Dropped after the table is unlocked: the last close of a socket may block.
+        let former;
         let mut table = lock(&self.0.table);
         let Some(registration) = table.get(token) else { return Ok(()) };
-        let former = registration.fd.clone();
+        former = registration.fd.clone();
         let is_same = fd.zip(former.as_ref()).is_some_and(|((new, _), old)| Arc::ptr_eq(new, old));
         if let Some(former) = former.as_ref().filter(|_| !is_same) {
             epoll::delete(&kernel.epoll, former)?;
@@ -253,4 +255,4 @@ impl fmt::Debug for Reactor {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

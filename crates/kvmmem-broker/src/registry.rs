@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A registered VM with what the core does not have: its RAM's files, its VMM's connection and its
 //! hooks.
+//!
+//! Any thread may have a [`Vm`], and have it past the VM's end: a hook that has not ended yet does, and
+//! so does the pause of an operator. So the end of a VM takes its RAM out: the last close of a memfd frees
+//! the memory, which takes long where that is large.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use kvmmem_proto::map::Region;
 use kvmmem_proto::message::{TargetInfo, VmIdentity};
@@ -14,13 +18,15 @@ use crate::core::vms::RegisterError;
 use crate::hook::Hooks;
 use crate::peer::Peer;
 use crate::ram::Ram;
+use crate::sync::lock;
 
 /// A registered VM.
 #[derive(Debug)]
 pub(crate) struct Vm {
     id: u64,
     identity: Arc<VmIdentity>,
-    ram: Option<Arc<Ram>>,
+    /// No other lock is taken with it.
+    ram: Mutex<Option<Arc<Ram>>>,
     peer: Arc<Peer>,
     hooks: Hooks,
     gone: AtomicBool,
@@ -33,7 +39,8 @@ impl Vm {
         ram: Option<Ram>,
         peer: Arc<Peer>,
     ) -> Self {
-        let (hooks, gone, ram) = (Hooks::default(), AtomicBool::new(false), ram.map(Arc::new));
+        let (hooks, gone) = (Hooks::default(), AtomicBool::new(false));
+        let ram = Mutex::new(ram.map(Arc::new));
         Self { id, identity, ram, peer, hooks, gone }
     }
 
@@ -47,9 +54,15 @@ impl Vm {
         &self.identity
     }
 
-    /// Its RAM, where others may look at it.
-    pub(crate) fn ram(&self) -> Option<&Arc<Ram>> {
-        self.ram.as_ref()
+    /// Its RAM, where others may look at it; `None` once it has ended.
+    pub(crate) fn ram(&self) -> Option<Arc<Ram>> {
+        lock(&self.ram).clone()
+    }
+
+    /// Closes its RAM, which may take long, unless another thread uses it at this moment.
+    pub(crate) fn close_ram(&self) {
+        let ram = lock(&self.ram).take();
+        drop(ram);
     }
 
     /// Its VMM.
@@ -77,7 +90,7 @@ impl Vm {
         TargetInfo {
             id: self.id,
             identity: self.identity().clone(),
-            memory_bytes: self.ram.as_ref().map_or(0, |ram| ram.layout().map.memory_bytes()),
+            memory_bytes: self.ram().map_or(0, |ram| ram.layout().map.memory_bytes()),
             pid: self.peer.credentials().pid,
             hooks: self.hooks.list(),
         }

@@ -217,10 +217,7 @@ impl Server {
                 return Ok(());
             }
         };
-        // The thread is to be the socket's last owner: closing it may block.
-        drop(peer);
         if let Err((error, slot)) = thread::start(slot) {
-            let peer = Arc::clone(slot.peer());
             drop(slot);
             let message = format!("no thread can be started: {error}; try again later");
             self.refuse(peer, &CallError::new(Refusal::Limit, message));

@@ -73,9 +73,8 @@ impl State {
         memory.write();
     }
 
-    /// Remembers that the RAM of a VM has changed.
-    pub(crate) fn changed(&self, vm: &Vm) {
-        let Some(generation) = vm.ram().map(|ram| ram.layout().generation) else { return };
+    /// Remembers the generation that the RAM of a VM has by now.
+    pub(crate) fn changed(&self, vm: &Vm, generation: u64) {
         let mut state = lock(&self.memory);
         let pid = vm.peer().credentials().pid;
         if let Some(started) = Process::open(pid).ok().and_then(|process| process.started()) {

@@ -49,7 +49,7 @@ impl Tables {
                         }
                         _ => None,
                     };
-                    peer.outbox().put((push, ram.cloned()));
+                    peer.outbox().put((push, ram));
                     pending.peers.push(Arc::clone(peer));
                 }
                 Effect::Closed { view, reason } => {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Connections to a broker in this process, in the name of any user, for tests.
 
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -12,6 +14,7 @@ use kvmmem_proto::message::{Answer, Call, FromBroker, GrantRequest, Refusal, Req
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use kvmmem_proto::scope::Rights;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uuid::Uuid;
 
@@ -81,6 +84,16 @@ impl Connection {
         }
     }
 
+    /// Sends what is no request, for which the broker ends the connection, and after it a file whose
+    /// close blocks until the stream that is returned is dropped.
+    pub(crate) fn break_off(&self) -> TcpStream {
+        let (file, other_end) = lingering();
+        let socket = self.socket.as_ref().unwrap();
+        socket.send(&"nonsense", &[], Wait::Limited).unwrap();
+        socket.send(&"a file", &[file.as_fd()], Wait::Limited).unwrap();
+        other_end
+    }
+
     /// Registers a target with one page of RAM.
     pub(crate) fn register_target(&mut self, name: &str) -> Result<Answer, (Refusal, String)> {
         let regions = vec![Region { gpa: 0, len: 0x1000, offset: 0, file: 0 }];
@@ -96,6 +109,18 @@ impl Drop for Connection {
             thread.join().unwrap();
         }
     }
+}
+
+/// A file whose last close blocks until the other end is dropped, and that.
+pub(crate) fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (other_end, _) = listener.accept().unwrap();
+    set_socket_linger(&file, Some(Duration::from_secs(3600))).unwrap();
+    file.set_nonblocking(true).unwrap();
+    // More than the other end's buffer takes.
+    while (&file).write(&[0; 1 << 16]).is_ok() {}
+    (file, other_end)
 }
 
 /// A grant of all of a target's RAM, for a minute.

@@ -76,7 +76,8 @@ impl Broker {
         Ok(vm)
     }
 
-    /// Ends a VM: its grants, views and hooks end, and the peers that know it are notified.
+    /// Ends a VM: its grants, views and hooks end, the peers that know it are notified, and its RAM
+    /// is closed. To be called by no thread that must not block.
     pub(crate) fn retire(&self, vm: &Vm) {
         let removed = self.decide(|tables| {
             vm.mark_gone();
@@ -90,6 +91,7 @@ impl Broker {
         }
         self.state().forget(vm.id());
         self.audit().write(Event::Gone(vm));
+        vm.close_ram();
     }
 
     /// Records that a VM was reset, or has other RAM in its memfd. The peers that know it are told.
@@ -113,7 +115,7 @@ impl Broker {
         let layout = ram.layout();
         self.decide(|tables| tables.core.ram_changed(vm.id(), &layout));
         self.audit().write(Event::RamChanged { vm, change });
-        self.state().changed(vm);
+        self.state().changed(vm, layout.generation);
         Ok(())
     }
 

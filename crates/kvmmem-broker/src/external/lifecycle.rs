@@ -142,11 +142,11 @@ impl Service {
         // A view is of the files that there were: it ends, and the VM is a new
         // target.
         if self.external().remove(vm.id()).is_some() {
+            let generation = vm.ram().map(|ram| ram.layout().generation);
             self.broker().retire(vm);
             // It is other memory.
-            if let Some(ram) = vm.ram() {
-                ram.continue_from(ram.layout().generation.saturating_add(1));
-                self.broker().state().changed(vm);
+            if let Some(generation) = generation {
+                self.broker().state().changed(vm, generation.saturating_add(1));
             }
             match self.register_external(opened, Some(Socket::of(qmp))) {
                 Ok(vm) => self.broker().audit().write(Event::Registered(&vm)),

@@ -29,7 +29,7 @@ impl Service {
         endpoint: Endpoint,
     ) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
-        if vm.ram().is_none() {
+        if !vm.identity().introspectable {
             return Err(CallError::new(
                 Refusal::Denied,
                 format!("{target:?} is not introspectable"),

@@ -3,7 +3,9 @@
 //!
 //! A hook costs no thread while it waits for its tool to listen or to send: the reactor waits for
 //! that. Each step is a job of the broker's session workers, and ends after a limited amount of
-//! work. One worker at a time is at work on a hook.
+//! work. One worker at a time is at work on a hook. A stream is closed by the worker, before the hook
+//! connects again: what the tool has sent and the broker has not received may be a file whose close
+//! blocks.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -162,6 +164,8 @@ impl Driver {
         }
         state.is_busy = true;
         let is_stopped = state.stopped;
+        // Of its owners the last to drop it.
+        let mut stream = state.stream.clone();
         drop(state);
         let mut work = lock(&self.work);
         let advance = || self.advance(&broker, &mut work);
@@ -175,6 +179,11 @@ impl Driver {
                 WaitFor::Pause(work.pause())
             }),
         };
+        if self.hook.lock().stream.is_none() && stream.is_some() {
+            // The reactor has it too, and must neither close it nor wait for that.
+            let _ = self.reactor.arm(self.token, None, None);
+            drop(stream.take());
+        }
         let mut state = self.hook.lock();
         state.is_busy = false;
         if state.stopped {

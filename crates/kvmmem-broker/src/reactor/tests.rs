@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
 use super::*;
+use crate::test_peer::lingering;
 use crate::test_wait::wait_for;
 
 /// How long anything may take on a slow machine.
@@ -25,6 +26,33 @@ fn record(sender: &Sender<(Token, Event)>) -> Handler {
 fn pipe() -> (Arc<OwnedFd>, OwnedFd) {
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     (Arc::new(reader), writer)
+}
+
+/// Has a reactor's thread wait until what is returned is dropped.
+pub(crate) fn hold(reactor: &Reactor) -> Sender<()> {
+    let (free, is_free) = mpsc::channel::<()>();
+    let is_free = Mutex::new(is_free);
+    let (held, is_held) = mpsc::channel();
+    let handler = Arc::new(move |_: &Reactor, _, _| {
+        held.send(()).unwrap();
+        let _ = is_free.lock().unwrap().recv();
+    });
+    let token = reactor.insert(handler).unwrap();
+    reactor.arm(token, None, Some(Instant::now())).unwrap();
+    is_held.recv_timeout(LIMIT).unwrap();
+    free
+}
+
+/// Whether a reactor's thread calls a new handler in time.
+pub(crate) fn is_alive(reactor: &Reactor) -> bool {
+    let (sender, events) = mpsc::channel();
+    let reactor = reactor.clone();
+    // It may wait for a lock.
+    std::thread::spawn(move || {
+        let token = reactor.insert(record(&sender)).unwrap();
+        reactor.arm(token, None, Some(Instant::now())).unwrap();
+    });
+    events.recv_timeout(LIMIT).is_ok()
 }
 
 fn fill(writer: &OwnedFd) {
@@ -94,17 +122,7 @@ fn a_late_event_reaches_no_other_registration() {
         })
     };
     // Until both are ready.
-    let (free, is_free) = mpsc::channel::<()>();
-    let is_free = Mutex::new(is_free);
-    let (held, is_held) = mpsc::channel();
-    let hold = reactor
-        .insert(Arc::new(move |_, _, _| {
-            held.send(()).unwrap();
-            let _ = is_free.lock().unwrap().recv();
-        }))
-        .unwrap();
-    reactor.arm(hold, None, Some(Instant::now())).unwrap();
-    is_held.recv_timeout(LIMIT).unwrap();
+    let free = hold(&reactor);
     let pipes = [pipe(), pipe()];
     for (reader, writer) in &pipes {
         let token = reactor.insert(Arc::clone(&first) as Handler).unwrap();
@@ -210,5 +228,25 @@ fn a_handler_that_fails_ends_nothing_else() {
     reactor.arm(bad, None, Some(Instant::now())).unwrap();
     reactor.arm(good, None, Some(Instant::now() + Duration::from_millis(10))).unwrap();
     assert_eq!(events.recv_timeout(LIMIT), Ok((good, Event::Deadline)));
+    reactor.end();
+}
+
+#[test]
+fn a_socket_that_takes_long_to_close_holds_up_no_other_registration() {
+    let reactor = Reactor::default();
+    let (file, other_end) = lingering();
+    let file = Arc::new(OwnedFd::from(file));
+    let closing = Arc::downgrade(&file);
+    let (handler, _events) = recorder();
+    let token = reactor.insert(handler).unwrap();
+    reactor.arm(token, Some((&file, READABLE)), None).unwrap();
+    drop(file);
+    std::thread::scope(|scope| {
+        scope.spawn(|| reactor.arm(token, None, None).unwrap());
+        wait_for("the socket to be closed", || closing.strong_count() == 0);
+        let is_alive = is_alive(&reactor);
+        drop(other_end);
+        assert!(is_alive);
+    });
     reactor.end();
 }

@@ -66,8 +66,8 @@ impl Shared {
     }
 }
 
-/// A connection's place among those that there may be, given back on drop: once its socket is
-/// closed, where this is the peer's last owner. Closing may block, for as long as the peer likes.
+/// A connection's place among those that there may be, given back on drop, or by
+/// [`Self::close`] once the socket is closed.
 pub(super) struct ConnectionSlot {
     entry: Entry,
     _place: Place,
@@ -102,6 +102,15 @@ impl ConnectionSlot {
 
     pub(super) fn peer(&self) -> &Arc<Peer> {
         &self.entry.peer
+    }
+
+    /// Ends a connection that is served no more: closes its socket, which may block for as long as
+    /// the peer likes, and gives its place back then. To be called by its own thread.
+    pub(super) fn close(self) {
+        let Self { entry, _place } = self;
+        let peer = Arc::clone(&entry.peer);
+        drop(entry);
+        peer.close();
     }
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Users who take all that they can get: neither other users nor root are kept out.
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+mod last_owner;
+
+use std::net::TcpStream;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,6 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{
     Answer, Call, Caller, Cursor, FromBroker, KvmiPolicy, NewGrant, VmIdentity,
 };
-use kvmmem_proto::packet::Wait;
-use rustix::net::sockopt::set_socket_linger;
-use rustix::net::{AddressFamily, SocketType, socketpair};
 use uuid::Uuid;
 
 use super::*;
@@ -98,19 +95,8 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
 /// A connection that has sent a file whose close blocks until the returned peer is dropped, after a
 /// packet that is no request.
 fn lingering() -> (OwnedFd, TcpStream) {
-    let flags = SocketFlags::CLOEXEC;
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (peer, _) = listener.accept().unwrap();
-    set_socket_linger(&file, Some(Duration::from_secs(3600))).unwrap();
-    file.set_nonblocking(true).unwrap();
-    while (&file).write(&[0; 1 << 16]).is_ok() {}
-    let ours = PacketSocket::accepted(ours, Duration::from_secs(60)).unwrap();
-    ours.send(&"nonsense", &[], Wait::Limited).unwrap();
-    ours.send(&"a file", &[file.as_fd()], Wait::Limited).unwrap();
-    (theirs, peer)
+    let (ours, theirs) = Connection::pair();
+    (theirs, ours.break_off())
 }
 
 fn by(uid: u32) -> Credentials {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_limit::RateLimit;
+use kvmmem_proto::packet::PacketSocket;
 
 use super::connections::ConnectionSlot;
 use crate::connection::Connection;
@@ -62,6 +63,7 @@ fn serve(mut connection: Connection, mut slot: ConnectionSlot) {
             Err(idle) => Idle { connection, slot } = idle,
         }
     }
+    slot.close();
 }
 
 /// Lets an idle connection wait at the reactor.
@@ -75,15 +77,15 @@ fn wait(idle: Idle) -> Result<(), Idle> {
     let wake = Arc::new(move |reactor: &Reactor, token, _| wake(reactor, token, &waiting));
     // Until the lock is released the connection is served by no thread.
     let mut parked = lock(&parked);
-    let socket = parked.as_ref().and_then(|idle| idle.slot.peer().socket());
-    let is_waiting = socket.is_some_and(|socket| {
+    let arm = |socket: &PacketSocket| {
         let arm = |token| {
             let armed = reactor.arm(token, Some((socket.descriptor(), READABLE)), None);
             armed.inspect_err(|_| reactor.remove(token))
         };
         reactor.insert(wake).and_then(arm).is_ok()
-    });
-    if is_waiting { Ok(()) } else { parked.take().map_or(Ok(()), Err) }
+    };
+    let is_waiting = parked.as_ref().and_then(|idle| idle.slot.peer().with_socket(arm));
+    if is_waiting.unwrap_or(false) { Ok(()) } else { parked.take().map_or(Ok(()), Err) }
 }
 
 /// Starts a thread for a connection whose peer has sent something, or has closed.

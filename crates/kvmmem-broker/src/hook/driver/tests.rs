@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps of hooks that panic.
+//! Steps of hooks that panic, and tools that keep them.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use kvmmem_kvmi::handshake::{ToolHello, VmHello};
+use kvmmem_kvmi::message::{HEADER_SIZE, MAX_PAYLOAD};
 use kvmmem_kvmi::request::Request;
 use kvmmem_proto::message::{Answer, Call};
+use kvmmem_proto::packet::{PacketSocket, Wait};
 
 use super::*;
+use crate::reactor::tests::{hold, is_alive};
 use crate::service::Service;
 use crate::test_peer;
+use crate::test_wait::wait_for;
 
 /// How long anything may take on a slow machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -101,4 +105,41 @@ fn a_hook_connects_again_where_a_step_has_failed() {
     assert!(matches!(admin.ask(call, None), Ok(Answer::Done)));
     let left = service.broker().wait_for_hooks(Instant::now() + LIMIT);
     assert_eq!(left, 0);
+}
+
+/// What a tool has sent and the broker has not received is closed with the stream.
+#[test]
+fn a_tool_s_file_that_takes_long_to_close_holds_up_nothing_but_its_hook() {
+    let service = Arc::new(Service::default());
+    let mut target = test_peer::Connection::new(&service, 0);
+    target.register_target("tiger").unwrap();
+    let mut admin = test_peer::Connection::new(&service, 0);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tool.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let endpoint = Endpoint::Unix(path);
+    let call = Call::Hook { target: "tiger".into(), endpoint };
+    assert!(matches!(admin.ask(call, None), Ok(Answer::Done)));
+    let mut tool = accept(&listener);
+    let hook = Arc::clone(&lock(&service.broker().find("tiger").unwrap().hooks().list).hooks[0]);
+    wait_for("the hook to wait", || hook.lock().connected && !hook.lock().is_busy);
+    let stream = hook.lock().stream.as_ref().map(Arc::downgrade).unwrap();
+
+    // The reactor waits until all has been sent.
+    let free = hold(service.reactor());
+    // As much as is read at once, too long a message.
+    tool.write_all(&[0xff; HEADER_SIZE + MAX_PAYLOAD]).unwrap();
+    let (file, other_end) = test_peer::lingering();
+    let tool = PacketSocket::accepted(tool.into(), LIMIT).unwrap();
+    tool.send(&"a file", &[file.as_fd()], Wait::Limited).unwrap();
+    drop(file);
+    drop(free);
+
+    wait_for("the stream to be closed", || stream.strong_count() == 0);
+    assert!(matches!(admin.ask(Call::Targets { after: 0 }, None), Ok(Answer::Targets { .. })));
+    assert!(is_alive(service.reactor()));
+    assert!(hook.lock().is_busy, "it connects to that tool again");
+    drop(other_end);
+    wait_for("the hook to connect again", || listener.accept().is_ok());
 }
