@@ -225,12 +225,18 @@ impl Channel {
     }
 }
 
-/// A channel's place among all channels and its connection's, given back on drop.
+/// A channel's place among all channels and its connection's, given back on drop. The socket is
+/// closed before that: closing it may block for as long as the peer likes.
 struct ChannelSlot {
-    broker: Arc<Broker>,
     peer: Arc<Peer>,
-    uid: u32,
     socket: Arc<OwnedFd>,
+    _place: Place,
+}
+
+/// What a channel takes of the quota.
+struct Place {
+    broker: Arc<Broker>,
+    uid: u32,
 }
 
 impl ChannelSlot {
@@ -245,11 +251,11 @@ impl ChannelSlot {
         let who = peer.credentials();
         let taken = broker.tables().core.channels.take(who);
         taken.map_err(|exceeded| full(exceeded.to_string()))?;
+        let place = Place { broker: Arc::clone(broker), uid: who.uid };
         if !peer.add_channel(&socket) {
-            broker.tables().core.channels.give_back(who.uid);
             return Err(full(format!("this connection has {MAX_CHANNELS} already")));
         }
-        Ok(Self { broker: Arc::clone(broker), peer: Arc::clone(peer), uid: who.uid, socket })
+        Ok(Self { peer: Arc::clone(peer), socket, _place: place })
     }
 }
 
@@ -258,6 +264,14 @@ impl Drop for ChannelSlot {
         // The peer's next request fails, also where its thread has ended first.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         self.peer.remove_channel(&self.socket);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
         self.broker.tables().core.channels.give_back(self.uid);
     }
 }
+
+#[cfg(test)]
+mod tests;
