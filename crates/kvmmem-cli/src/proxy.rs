@@ -9,6 +9,7 @@
 //! is decided by the host's broker.
 
 mod channel;
+mod closer;
 mod connection;
 mod place;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -36,6 +38,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use serde::Serialize;
 
+use self::closer::Closer;
 use self::connection::Connection;
 use self::place::Place;
 use self::tool::Attach;
@@ -113,7 +116,7 @@ impl Arguments {
     }
 }
 
-/// Closes sockets on a thread of its own: a packet that was not received may hold a file whose last
+/// Closes the last sockets on a thread of their own: a packet that was not received may hold a file whose last
 /// close blocks.
 fn close_aside(sockets: impl Send + 'static) {
     let close = std::thread::Builder::new().name("close".into());
@@ -156,6 +159,7 @@ struct Tools {
     /// How long a tool may take to ask for a view.
     ask_limit: Duration,
     running: Vec<Running>,
+    closer: Closer,
 }
 
 /// A tool, until none of its threads is left.
@@ -168,7 +172,8 @@ struct Running {
 
 impl Tools {
     fn new(admits_all: bool, attach: Arc<Attach>) -> Self {
-        Self { admits_all, attach, ask_limit: tool::ASK_LIMIT, running: Vec::new() }
+        let (running, closer) = (Vec::new(), Closer::default());
+        Self { admits_all, attach, ask_limit: tool::ASK_LIMIT, running, closer }
     }
 
     /// Asks the kernel who has connected.
@@ -180,20 +185,34 @@ impl Tools {
     /// Starts a thread for a tool, or refuses it.
     fn admit_as(&mut self, fd: OwnedFd, credentials: Credentials) -> io::Result<()> {
         let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
+        let connection = Arc::new(Connection::new(socket, credentials));
         if let Err((refusal, message)) = self.find_place(credentials) {
             // A tool that does not read it does without.
-            let _ = socket.send(&FromBroker::Refused { id: 0, refusal, message }, &[], Wait::No);
-            close_aside(socket);
+            let refused = FromBroker::Refused { id: 0, refusal, message };
+            let _ = connection.socket.send(&refused, &[], Wait::No);
+            self.closer.close(connection);
             return Ok(());
         }
-        let connection = Arc::new(Connection::new(socket, credentials));
         let (attach, ask_limit) = (Arc::clone(&self.attach), self.ask_limit);
         let place = Arc::clone(&connection.place);
         self.running.push(Running { place, connection: Arc::downgrade(&connection) });
-        std::thread::Builder::new().name("tool".into()).spawn(move || {
+        // One that cannot be started is given nothing that it would drop here.
+        let (give, given) = channel::<Arc<Connection>>();
+        let started = std::thread::Builder::new().name("tool".into()).spawn(move || {
+            let Ok(connection) = given.recv() else { return };
             tool::serve(&connection, &*attach, ask_limit);
             connection.end();
-        })?;
+        });
+        match started {
+            Ok(_) => {
+                let _ = give.send(connection);
+            }
+            Err(error) => {
+                connection.end();
+                self.closer.close(connection);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

@@ -309,24 +309,42 @@ fn a_file_that_takes_long_to_close_holds_up_neither_the_end_nor_other_tools() {
 }
 
 #[test]
-fn a_refused_tool_s_file_that_takes_long_to_close_holds_up_no_other() {
+fn refused_tools_files_that_take_long_to_close_hold_up_no_other_and_have_one_thread() {
     let mut proxy = TestProxy::start();
     let grant = proxy.grant(Rights::ReadOnly);
-    let (file, peer) = lingering();
-    let (socket, theirs) = pair();
     let open = Request { id: 1, call: Call::OpenCopies { view: 1 } };
-    socket.send(&open, &[file.as_fd()], Wait::Limited).unwrap();
-    drop((file, socket));
+    let refused = |_| {
+        let (file, peer) = lingering();
+        let (socket, theirs) = pair();
+        socket.send(&open, &[file.as_fd()], Wait::Limited).unwrap();
+        (theirs, peer)
+    };
+    let (sockets, peers): (Vec<_>, Vec<_>) = (0..10).map(refused).unzip();
     let (done, is_done) = std::sync::mpsc::channel();
-    std::thread::scope(|scope| {
+    let closing = || {
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let is_closer = |task: &io::Result<std::fs::DirEntry>| {
+            let name = std::fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
+            name.is_ok_and(|name| name.trim_end() == closer::NAME)
+        };
+        threads.filter(is_closer).count()
+    };
+    let threads = std::thread::scope(|scope| {
         let tools = &mut proxy.tools;
         // Only root may connect.
         let unknown = Credentials { pid: std::process::id(), uid: u32::MAX - 1 };
-        scope.spawn(move || done.send(tools.admit_as(theirs, unknown)).unwrap());
+        scope.spawn(move || {
+            sockets.into_iter().for_each(|socket| tools.admit_as(socket, unknown).unwrap());
+            done.send(()).unwrap();
+        });
         let refused = is_done.recv_timeout(PATIENCE);
-        drop(peer);
-        refused.expect("it was closed at once").unwrap();
+        let threads = closing();
+        drop(peers);
+        refused.expect("they were closed at once");
+        threads
     });
+    // Those of other tests count too, where they run in this process.
+    assert!(threads < 10, "{threads} threads close them");
     proxy.attach(&grant).unwrap();
 }
 
