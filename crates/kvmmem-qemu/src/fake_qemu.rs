@@ -2,12 +2,15 @@
 //! A fake QEMU, for tests of what pauses VMs: it runs or is stopped, and fails as it is told.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+use crate::qmp::line::Lines;
 
 /// How long a test waits for what must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -31,6 +34,8 @@ pub(crate) struct Machine {
     pub(crate) vcpus: Value,
     /// The commands that have come, without questions.
     pub(crate) commands: Vec<String>,
+    /// Goes with the next answer.
+    pub(crate) file: Option<OwnedFd>,
 }
 
 /// One; its threads end with the test's process.
@@ -51,6 +56,7 @@ impl Fake {
             registers: String::new(),
             vcpus: json!([{ "cpu-index": 0 }]),
             commands: vec![],
+            file: None,
         };
         let machine = Arc::new(Mutex::new(machine));
         let served = Arc::clone(&machine);
@@ -111,9 +117,16 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
             "human-monitor-command" => json!(machine.registers),
             _ => json!({}),
         };
+        let file = machine.file.take();
         drop(machine);
         if fault == Some(Fault::CloseAfter) {
             break;
+        }
+        if let Some(file) = file {
+            Lines::new(stream.try_clone()?.into())
+                .send(b"{\"return\": {}}\n", Some(file.as_fd()), Instant::now())
+                .unwrap();
+            continue;
         }
         match request.get("id") {
             Some(id) => send(json!({ "return": answer, "id": id }))?,

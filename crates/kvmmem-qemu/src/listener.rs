@@ -135,7 +135,7 @@ impl Listener {
             wake: Box::new(wake),
         });
         listener.monitor.subscribe(listener.subscriber(), find, AGAIN_AT_LAST, run);
-        // From here on a connection that is made or lost is heard of.
+        // From here on the listener receives Found and Lost.
         let mut state = listener.state();
         state.work.found |= listener.monitor.is_up();
         drop(state);

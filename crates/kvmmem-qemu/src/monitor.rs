@@ -174,11 +174,11 @@ impl Monitor {
         };
         let mut outputs = Vec::new();
         let mut state = self.state();
-        let mut is_behind = false;
+        let (mut is_behind, mut lost) = (false, None);
         if let Some(connection) = &mut state.connection {
             match connection.advance(&self.path, &mut outputs) {
                 Ok(more) => is_behind = more,
-                Err(error) => self.lose(&mut state, error, &mut outputs),
+                Err(error) => lost = self.lose(&mut state, error, &mut outputs),
             }
         }
         let is_due = state.again.is_some_and(|again| again <= now) && !state.is_stopped;
@@ -188,6 +188,7 @@ impl Monitor {
         drop(state);
         self.pass(outputs);
         drop(passing);
+        lost.into_iter().for_each(|socket| self.close_aside(socket));
         if is_due {
             self.connect_again();
         }

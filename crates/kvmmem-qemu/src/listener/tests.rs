@@ -209,14 +209,14 @@ fn a_target_that_is_removed_after_a_lost_connection_runs_again() {
     *jobs.lock().unwrap() = Some(Vec::new());
     fake.machine().fault = Some(("query-status", Fault::Close));
     assert!(pause.check().is_err());
-    // One that ends the pause, and one that connects again.
+    // One that ends the pause, one that closes the socket, and one that connects again.
     let began = Instant::now();
-    while jobs.lock().unwrap().as_ref().unwrap().len() < 2 {
+    while jobs.lock().unwrap().as_ref().unwrap().len() < 3 {
         assert!(began.elapsed() < PATIENCE, "still waiting");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let both = jobs.lock().unwrap().replace(Vec::new()).unwrap();
-    both.into_iter().for_each(|job| job());
+    let all = jobs.lock().unwrap().replace(Vec::new()).unwrap();
+    all.into_iter().for_each(|job| job());
     assert_eq!(fake.machine().commands, ["stop"]);
     // Before what is to be done over the new connection.
     drop(monitor);

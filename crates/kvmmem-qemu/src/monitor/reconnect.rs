@@ -1,27 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lost connections of a monitor, and new ones.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvmmem_limit::RateLimit;
 
 use super::connection::{Connection, Output};
-use super::{AGAIN, Find, Monitor, State, lock};
+use super::{AGAIN, Find, Monitor, SOON, State, lock};
 use crate::qmp::QmpError;
 
 /// A QEMU can cause these at will.
 static WARNINGS: RateLimit = RateLimit::new(2);
 
+/// How long the others who have a lost connection may take to drop it.
+const DROP_LIMIT: Duration = Duration::from_secs(10);
+
 impl Monitor {
-    pub(super) fn lose(&self, state: &mut State, error: QmpError, outputs: &mut Vec<Output>) {
-        let Some(mut connection) = state.connection.take() else { return };
+    /// Gives the connection up; returns its socket, for [`Self::close_aside`].
+    pub(super) fn lose(
+        &self,
+        state: &mut State,
+        error: QmpError,
+        outputs: &mut Vec<Output>,
+    ) -> Option<Arc<OwnedFd>> {
+        let mut connection = state.connection.take()?;
         self.warn(&error);
         connection.fail(error, &self.path, outputs);
         state.counts.losses += 1;
         state.again = Some(Instant::now() + AGAIN);
         state.pause = AGAIN * 2;
         outputs.push(Output::Lost);
+        Some(Arc::clone(connection.stream()))
+    }
+
+    /// Has a job close a lost connection: what was not received may have files whose close blocks, and
+    /// who steps must not wait for that.
+    pub(super) fn close_aside(&self, socket: Arc<OwnedFd>) {
+        let run = lock(&self.users).all().first().map(|user| Arc::clone(&user.run));
+        let close = move || {
+            // Those who wait for the socket drop it once they hear that it is lost.
+            let limit = Instant::now() + DROP_LIMIT;
+            while Arc::strong_count(&socket) > 1 && Instant::now() < limit {
+                std::thread::sleep(SOON);
+            }
+        };
+        // Without a user, or a thread for it, it is closed here.
+        let _ = run.map(|run| run(Box::new(close)));
     }
 
     pub(super) fn connect_again(self: &Arc<Self>) {

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a QEMU may do to a monitor and its users.
 
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
+use rustix::net::sockopt::set_socket_linger;
 use serde_json::json;
 
 use super::*;
@@ -236,4 +239,35 @@ fn a_loan_that_ends_before_there_is_a_user_ends_no_connection() {
     // The one that has it is a user soon.
     assert!(Arc::ptr_eq(&monitors.of(&fake.path, Some(lent)), &monitor));
     assert!(monitor.is_up());
+}
+
+/// A file whose last close blocks until the other end is dropped, and that.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (other_end, _) = listener.accept().unwrap();
+    set_socket_linger(&file, Some(Duration::from_secs(3600))).unwrap();
+    file.set_nonblocking(true).unwrap();
+    // More than the other end's buffer takes.
+    while (&file).write(&[0; 1 << 16]).is_ok() {}
+    (file, other_end)
+}
+
+#[test]
+fn a_file_that_takes_long_to_close_does_not_hold_up_who_steps() {
+    let fake = Fake::start("running");
+    let (monitor, ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), || None);
+    let (file, other_end) = lingering();
+    fake.machine().file = Some(file.into());
+    let (done, is_done) = mpsc::channel();
+    let (stepped, result) = (Arc::clone(&monitor), send(&monitor));
+    std::thread::spawn(move || {
+        step_until(&stepped, || !stepped.is_up());
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(PATIENCE).expect("it waits for the file to be closed");
+    let error = result.recv_timeout(PATIENCE).unwrap().unwrap_err();
+    assert!(matches!(error, QmpError::Connection { .. }), "{error:?}");
+    assert_eq!(lock(&ear.others).last().map(|(event, _)| event), Some(&MonitorEvent::Lost));
+    drop(other_end);
 }

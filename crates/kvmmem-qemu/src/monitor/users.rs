@@ -48,7 +48,7 @@ impl Users {
         self.is_left = self.list.is_empty();
     }
 
-    /// A user comes that has not subscribed yet.
+    /// Records that a user is about to subscribe.
     pub(super) fn expect(&mut self) {
         self.is_left = false;
     }

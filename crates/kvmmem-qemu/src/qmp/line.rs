@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lines over a stream socket, each way with a deadline.
 
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -11,7 +11,10 @@ use std::time::Instant;
 use kvmmem_proto::timed;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recv, recvmsg,
+};
 
 use super::error::QmpError;
 
@@ -20,6 +23,8 @@ pub(crate) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
 
 /// How much is read at a time, and kept of the buffer between lines, bytes.
 const CHUNK: usize = 16 * 1024;
+
+const FILE: &str = "it sent a file, which QMP does not have";
 
 /// A connected stream, and what was received after the last line.
 #[derive(Debug)]
@@ -123,10 +128,11 @@ impl Lines {
             has_looked = true;
             self.wait(PollFlags::IN, deadline)?;
             let mut chunk = [0; CHUNK];
-            let count = match rustix::io::read(&self.stream, &mut chunk) {
+            let count = match self.receive(&mut chunk) {
                 Ok(0) => return Err(LineError::Io(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => count,
-                Err(Errno::INTR) => continue,
+                Err(Errno::INTR | Errno::AGAIN) => continue,
+                Err(Errno::NOMSG) => return Err(LineError::Io(io::Error::other(FILE))),
                 Err(error) => return Err(LineError::Io(error.into())),
             };
             self.received += count;
@@ -135,6 +141,23 @@ impl Lines {
             }
             self.buffer.extend_from_slice(chunk.get(..count).unwrap_or_default());
         }
+    }
+
+    /// Receives what has come. Who receives data closes the files that come with it, and the close of a
+    /// file may block for as long as its sender likes: data with files is left where it is.
+    ///
+    /// # Errors
+    /// `NOMSG` where files have come.
+    fn receive(&self, chunk: &mut [u8]) -> Result<usize, Errno> {
+        let mut files = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let seen = recvmsg(&self.stream, &mut [IoSliceMut::new(chunk)], &mut files, flags)?;
+        // There is no room for files.
+        if seen.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(Errno::NOMSG);
+        }
+        let chunk = chunk.get_mut(..seen.bytes).unwrap_or_default();
+        recv(&self.stream, chunk, RecvFlags::DONTWAIT).map(|(_, count)| count)
     }
 
     fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), LineError> {
