@@ -21,7 +21,7 @@ pub(crate) fn has_room(folder: &Path) -> Result<()> {
 fn is_enough(folder: &Path, free: u64) -> Result<()> {
     if free < NEEDED {
         bail!(
-            "{}: its file system has {} MiB free, and a run needs {}: remove what is not needed there \
+            "{}: its file system has {} MiB free, and a run needs {} MiB: remove what is not needed there \
              (`cargo clean` empties cargo's target folder, `cargo xtask clean` the cache)",
             folder.display(),
             free >> 20,

@@ -3,8 +3,9 @@
 //! decisions.
 //!
 //! One lock guards all that is decided ([`Tables`]); it is never held over a system call. The other
-//! locks are of files, sockets and threads, and are held alone, but for two: a peer's outbox is taken
-//! before it, and a peer's `copying`, which is held over a chunk's copy.
+//! locks are of files, sockets and threads, and are held alone, but for those that are taken before it
+//! (a peer's outbox, its `copying`, which is held over a chunk's copy, and the list of a view for tokens)
+//! and a VM's RAM, which is taken last.
 
 mod vms;
 

@@ -23,8 +23,7 @@ use crate::audit::Event;
 use crate::broker::Broker;
 use crate::core::call_error::CallError;
 use crate::peer::{MAX_CHANNELS, Peer};
-use crate::ram::AccessError;
-use crate::registry::Vm;
+use crate::ram::{AccessError, Ram};
 
 /// How much is copied before it is looked up again whether that is still allowed, bytes.
 const CHUNK: usize = 64 * 1024;
@@ -47,7 +46,7 @@ struct Channel {
 /// What a view reaches, for the next so many bytes; no revocation is confirmed meanwhile.
 struct Reach<'a> {
     _copying: RwLockReadGuard<'a, ()>,
-    vm: Arc<Vm>,
+    ram: Arc<Ram>,
     regions: Vec<Region>,
     left: usize,
 }
@@ -69,8 +68,8 @@ impl Broker {
         mut files: Vec<OwnedFd>,
     ) -> Result<(Answer, Vec<OwnedFd>), CallError> {
         let invalid = |what: &str| CallError::new(Refusal::Invalid, what);
-        let (vm, ..) = self.copied(peer, view)?;
-        if !vm.ram().is_some_and(|ram| ram.is_private()) {
+        let (ram, ..) = self.copied(peer, view)?;
+        if !ram.is_private() {
             return Err(invalid("the target's RAM is mapped, not copied"));
         }
         let (Some(file), true) = (files.pop(), files.is_empty()) else {
@@ -103,15 +102,16 @@ impl Broker {
         }
     }
 
-    /// The target of a view of this connection's, where its memory is that the view reaches, and
-    /// the view's rights.
-    fn copied(&self, peer: &Peer, view: u64) -> Result<(Arc<Vm>, Vec<Region>, Rights), CallError> {
+    /// The RAM of the target of a view of this connection's, where its memory is that the view
+    /// reaches, and the view's rights.
+    fn copied(&self, peer: &Peer, view: u64) -> Result<(Arc<Ram>, Vec<Region>, Rights), CallError> {
         let ended = || {
             CallError::new(Refusal::Unknown, format!("view {view} is not open on this connection"))
         };
         let (vm, scope) = self.reached(peer, view).ok_or_else(ended)?;
-        let regions = vm.ram().map(|ram| scope.regions(&ram.layout().map)).unwrap_or_default();
-        Ok((vm, regions, scope.rights))
+        let ram = vm.ram().ok_or_else(ended)?;
+        let regions = scope.regions(&ram.layout().map);
+        Ok((ram, regions, scope.rights))
     }
 }
 
@@ -190,10 +190,9 @@ impl Channel {
                 (done, Status::Hole, message)
             };
             let in_region = reach.regions.iter().find_map(left).ok_or_else(hole)?;
-            let ram = reach.vm.ram().ok_or_else(hole)?;
             let most =
                 usize::try_from(in_region).unwrap_or(usize::MAX).min(reach.left).min(len - done);
-            let copied = ram.copy_some(gpa, most, |file, offset, len| match write {
+            let copied = reach.ram.copy_some(gpa, most, |file, offset, len| match write {
                 true => self.buffer.drain(at + done, len, file, offset),
                 false => self.buffer.fill(at + done, len, file, offset),
             });
@@ -214,14 +213,14 @@ impl Channel {
     /// What the view reaches now.
     fn reach(&self, write: bool) -> Result<Reach<'_>, (Status, String)> {
         let copying = self.peer.copying();
-        let (vm, regions, rights) = self
+        let (ram, regions, rights) = self
             .broker
             .copied(&self.peer, self.view)
             .map_err(|refused| (Status::Ended, refused.message))?;
         if write && rights != Rights::ReadWrite {
             return Err((Status::ReadOnly, format!("view {} is read-only", self.view)));
         }
-        Ok(Reach { _copying: copying, vm, regions, left: CHUNK })
+        Ok(Reach { _copying: copying, ram, regions, left: CHUNK })
     }
 }
 

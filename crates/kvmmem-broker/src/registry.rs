@@ -25,7 +25,7 @@ use crate::sync::lock;
 pub(crate) struct Vm {
     id: u64,
     identity: Arc<VmIdentity>,
-    /// No other lock is taken with it.
+    /// Locked last: no other lock is taken while it is held.
     ram: Mutex<Option<Arc<Ram>>>,
     peer: Arc<Peer>,
     hooks: Hooks,

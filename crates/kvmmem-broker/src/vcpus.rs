@@ -23,7 +23,7 @@ pub(crate) struct VmPause {
     pause: Pause,
 }
 
-/// Where the next page of registers begins of which a client has read those before it.
+/// First vCPU of the page that follows the pages which a client has read.
 pub(crate) struct NextRegisters {
     vm: u64,
     first: u32,
@@ -69,9 +69,11 @@ impl Service {
                 return Err(CallError::new(Refusal::Limit, message));
             }
             let checked = pause.check();
-            // Where too many others ask, it is as it was.
-            if checked.as_ref().is_err_and(|error| !matches!(error, AskError::Busy)) {
-                self.resumed(peer, held, "it could not be checked");
+            match &checked {
+                // A busy VMM was not asked: the pause still holds.
+                Ok(_) | Err(AskError::Busy) => {}
+                Err(AskError::Resumed) => self.resumed(peer, held, "the VM runs again"),
+                Err(_) => self.resumed(peer, held, "it could not be checked"),
             }
             let was_running = checked.map_err(refuse)?;
             return Ok(Answer::Paused { was_running });

@@ -36,6 +36,7 @@ use kvmmem_sys::socket::peer_credentials;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
 use self::closer::Closer;
@@ -94,6 +95,7 @@ impl Arguments {
         let group = self.group.as_deref().map(group_id).transpose();
         let group = group.context("cannot find the group")?;
         let interrupt = Interrupt::catch()?;
+        raise_fd_limit();
         if let Some(folder) = path.parent() {
             let context = || format!("cannot make {}", folder.display());
             std::fs::create_dir_all(folder).with_context(context)?;
@@ -116,12 +118,21 @@ impl Arguments {
     }
 }
 
-/// Closes the last sockets on a thread of their own: a packet that was not received may hold a file whose last
-/// close blocks.
+/// Closes what is left at the proxy's end on one thread: a packet that was not received may hold a
+/// file whose last close blocks.
 fn close_aside(sockets: impl Send + 'static) {
     let close = std::thread::Builder::new().name("close".into());
     // Without a thread they are closed here.
     let _ = close.spawn(move || drop(sockets));
+}
+
+/// Each tool takes several file descriptors, and each refused one at least one until it is closed: the
+/// usual soft limit of 1,024 is too low.
+fn raise_fd_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// Serves tools until a signal comes.
@@ -190,6 +201,7 @@ impl Tools {
             // A tool that does not read it does without.
             let refused = FromBroker::Refused { id: 0, refusal, message };
             let _ = connection.socket.send(&refused, &[], Wait::No);
+            connection.socket.shut_down();
             self.closer.close(connection);
             return Ok(());
         }

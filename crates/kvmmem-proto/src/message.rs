@@ -61,8 +61,8 @@ pub enum Call {
         #[serde(with = "token_text")]
         token: Token,
     },
-    /// Tells that a pushed token has been used, until the revocation of its grant is confirmed. One
-    /// way: never answered.
+    /// Reports the use of a pushed token. Valid until the peer has confirmed the revocation of its
+    /// grant. One way: never answered.
     Used {
         /// Number of its grant.
         grant: u64,

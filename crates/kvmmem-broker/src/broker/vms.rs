@@ -77,7 +77,7 @@ impl Broker {
     }
 
     /// Ends a VM: its grants, views and hooks end, the peers that know it are notified, and its RAM
-    /// is closed. To be called by no thread that must not block.
+    /// is closed. Blocks: call it only on a thread that may wait.
     pub(crate) fn retire(&self, vm: &Vm) {
         let removed = self.decide(|tables| {
             vm.mark_gone();

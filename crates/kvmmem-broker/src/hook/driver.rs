@@ -164,7 +164,7 @@ impl Driver {
         }
         state.is_busy = true;
         let is_stopped = state.stopped;
-        // Of its owners the last to drop it.
+        // This clone is dropped last, so that the worker closes the stream.
         let mut stream = state.stream.clone();
         drop(state);
         let mut work = lock(&self.work);

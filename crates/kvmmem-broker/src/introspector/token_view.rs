@@ -98,8 +98,8 @@ impl TokenView {
         lock(&self.listed).remove(link, |one, _| one.digest == digest);
     }
 
-    /// Withdraws the token of a grant that is revoked, and reports its use where the driver was first;
-    /// whether it was.
+    /// Withdraws the token of a grant that is revoked, and reports its use where the driver was first.
+    /// Returns whether the driver had used it.
     pub(super) fn revoke(&self, link: &Link, grant: u64) -> bool {
         lock(&self.listed).remove(link, |one, _| one.grant == grant)
     }

@@ -11,10 +11,8 @@ use std::sync::mpsc::{Sender, channel};
 
 use super::connection::Connection;
 
-/// What its thread is called.
-pub(super) const NAME: &str = "close-refused";
-
-/// Starts its thread with the first connection. The thread ends once it has closed them all.
+/// Starts its thread with the first connection. Once this is dropped, the thread ends with the last
+/// one.
 #[derive(Default)]
 pub(super) struct Closer(Option<Sender<Arc<Connection>>>);
 
@@ -23,7 +21,7 @@ impl Closer {
     pub(super) fn close(&mut self, connection: Arc<Connection>) {
         if self.0.is_none() {
             let (sender, connections) = channel::<Arc<Connection>>();
-            let thread = std::thread::Builder::new().name(NAME.into());
+            let thread = std::thread::Builder::new().name("close-refused".into());
             let started = thread.spawn(move || connections.into_iter().for_each(drop));
             self.0 = started.ok().map(|_| sender);
         }
