@@ -17,6 +17,7 @@
 #include <net/if.h>
 #include <netinet/in.h>
 #include <pthread.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -285,13 +286,21 @@ static void rest(void)
 /* Starts an actor: this program again, by another name and with arguments. */
 static void act(const char *name, char *const arguments[])
 {
+	struct pollfd place = { .fd = ready[0], .events = POLLIN };
 	char byte;
+	int status;
 	pid_t child = fork();
 
 	must(child >= 0, "fork");
 	if (child == 0) {
 		execv("/bin/scene", arguments);
 		must(0, name);
+	}
+	while (poll(&place, 1, 100) == 0) {
+		if (waitpid(child, &status, WNOHANG) == child) {
+			fprintf(stderr, "SCENE FAILED: %s has ended with status %#x\n", name, status);
+			rest();
+		}
 	}
 	must(read(ready[0], &byte, 1) == 1, name);
 }
@@ -340,10 +349,13 @@ static void files(void)
 	must(chdir("/mnt/inner") == 0, "chdir");
 }
 
-/* Places of actor "memory", which xtask/src/linux/compare.rs reads. */
-#define MANY ((char *)0x10000000)
-#define TEXT ((char *)0x20000000)
-#define HIDDEN ((char *)0x30000000)
+/*
+ * Places of actor "memory", which xtask/src/linux/memory.rs reads. The kernel puts the heap anywhere in
+ * the first GiB after the program, and what it places by itself near the stack.
+ */
+#define MANY ((char *)0x100000000000)
+#define TEXT ((char *)0x200000000000)
+#define HIDDEN ((char *)0x300000000000)
 #define PAGES 1200
 
 /* A page of a file that is not there, at a place of the kernel's choice. */
@@ -356,7 +368,7 @@ static void map_file(int fd, int prot, int flags)
 
 static char *map_at(char *place, size_t length, int prot)
 {
-	char *mapped = mmap(place, length, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	char *mapped = mmap(place, length, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 
 	must(mapped == place, "map at a place");
 	return mapped;

@@ -12,8 +12,8 @@ use super::truth::Truth;
 
 /// What `tests/linux/scene.c` has at places of its choice: text over two pages, and some in a page
 /// without access.
-const TEXT: (u64, &str) = (0x2000_0ff6, "scene: text over two pages");
-const HIDDEN: (u64, &str) = (0x3000_0000, "scene: no access");
+const TEXT: (u64, &str) = (0x2000_0000_0ff6, "scene: text over two pages");
+const HIDDEN: (u64, &str) = (0x3000_0000_0000, "scene: no access");
 
 /// A page of the program's first function, which every process has run.
 const CODE: u64 = 0x40_1000;
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn bytes_and_permissions_that_differ_are_found() {
         let hex: String = HIDDEN.1.bytes().map(|byte| format!("{byte:02x}")).collect();
-        let row = json!({"gva": "0x30000000", "hex": hex});
+        let row = json!({"gva": "0x300000000000", "hex": hex});
         has_bytes(std::slice::from_ref(&row), HIDDEN).unwrap();
         assert!(
             has_bytes(&[row.clone(), row.clone()], HIDDEN).is_err()
