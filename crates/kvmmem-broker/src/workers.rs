@@ -200,7 +200,13 @@ impl Workers {
 
     /// Does a job as soon as there is a thread for it. After [`Self::end`] it is dropped.
     pub(crate) fn run(&self, party: Party, job: impl FnOnce() + Send + 'static) {
-        self.run_in(&mut lock(&self.0.pool), party, job);
+        let mut pool = lock(&self.0.pool);
+        if pool.is_ended {
+            // A job that is dropped may close files, and that may block.
+            drop(pool);
+            return drop(job);
+        }
+        self.run_in(&mut pool, party, job);
     }
 
     /// Does a job that looks for a path, unless one for that path is there already or too many for

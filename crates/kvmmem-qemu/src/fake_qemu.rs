@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake QEMU, for tests of what pauses VMs: it runs or is stopped, and fails as it is told.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-
-use crate::qmp::line::Lines;
 
 /// How long a test waits for what must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,8 +34,10 @@ pub(crate) struct Machine {
     pub(crate) vcpus: Value,
     /// The commands that have come, without questions.
     pub(crate) commands: Vec<String>,
-    /// Goes with the next answer.
-    pub(crate) file: Option<OwnedFd>,
+    /// Goes with the first byte of the next answer, which is sent with these flags.
+    pub(crate) file: Option<(OwnedFd, SendFlags)>,
+    /// Whether the socket alone has it.
+    pub(crate) has_sent_file: bool,
 }
 
 /// One; its threads end with the test's process.
@@ -57,6 +59,7 @@ impl Fake {
             vcpus: json!([{ "cpu-index": 0 }]),
             commands: vec![],
             file: None,
+            has_sent_file: false,
         };
         let machine = Arc::new(Mutex::new(machine));
         let served = Arc::clone(&machine);
@@ -83,14 +86,14 @@ impl Fake {
     }
 }
 
-fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
+fn serve(shared: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
     let mut writer = stream;
     let mut send = |value: Value| writer.write_all(format!("{value}\n").as_bytes());
     send(json!({ "QMP": {} }))?;
     for line in BufReader::new(stream).lines() {
         let request: Value = serde_json::from_str(&line?).unwrap();
         let command = request["execute"].as_str().unwrap();
-        let mut machine = machine.lock().unwrap();
+        let mut machine = shared.lock().unwrap();
         let fault = machine.fault.take_if(|(at, _)| *at == command).map(|(_, fault)| fault);
         match fault {
             Some(Fault::Refuse) => {
@@ -122,10 +125,15 @@ fn serve(machine: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
         if fault == Some(Fault::CloseAfter) {
             break;
         }
-        if let Some(file) = file {
-            Lines::new(stream.try_clone()?.into())
-                .send(b"{\"return\": {}}\n", Some(file.as_fd()), Instant::now())
-                .unwrap();
+        if let Some((file, flags)) = file {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let files = [file.as_fd()];
+            assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+            sendmsg(stream, &[IoSlice::new(b"{")], &mut control, flags)?;
+            (&*stream).write_all(b"\"return\": {}}\n")?;
+            drop(file);
+            shared.lock().unwrap().has_sent_file = true;
             continue;
         }
         match request.get("id") {

@@ -43,6 +43,10 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// How soon to step again after another thread did.
 const SOON: Duration = Duration::from_millis(1);
 
+/// The most connections whose closes may block while a new one is made, and how often to look again.
+const MAX_CLOSING: usize = 2;
+const CLOSING_PAUSE: Duration = Duration::from_secs(1);
+
 /// How often to look whether an attempt to connect has failed.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -55,6 +59,8 @@ pub struct Monitor {
     passing: Mutex<()>,
     /// Locked before `state`, never while that is locked.
     users: Mutex<Users>,
+    /// Each job that closes a connection has it once more.
+    closing: Arc<()>,
 }
 
 /// When to step again, apart from when the socket is readable.
@@ -101,6 +107,7 @@ impl Monitor {
             state: Mutex::new(state),
             passing: Mutex::default(),
             users: Mutex::default(),
+            closing: Arc::default(),
         })
     }
 
@@ -181,14 +188,19 @@ impl Monitor {
                 Err(error) => lost = self.lose(&mut state, error, &mut outputs),
             }
         }
-        let is_due = state.again.is_some_and(|again| again <= now) && !state.is_stopped;
+        let mut is_due = state.again.is_some_and(|again| again <= now) && !state.is_stopped;
         if is_due {
-            state.again = None;
+            // The other jobs of this VM are not to wait for those that close.
+            is_due = Arc::strong_count(&self.closing) <= MAX_CLOSING + 1;
+            state.again = (!is_due).then_some(now + CLOSING_PAUSE);
         }
         drop(state);
         self.pass(outputs);
         drop(passing);
-        lost.into_iter().for_each(|socket| self.close_aside(socket));
+        if let Some(socket) = lost {
+            let run = lock(&self.users).run();
+            self.close_aside(socket, run);
+        }
         if is_due {
             self.connect_again();
         }

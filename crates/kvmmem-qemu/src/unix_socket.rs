@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
 use std::time::Duration;
 
 use kvmmem_proto::endpoint::{Endpoint, begin};
+use rustix::net::sockopt::set_socket_oobinline;
 
 use crate::file_id::FileId;
 
@@ -35,6 +36,8 @@ pub(crate) fn connect(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
     look_up(path, LIMIT, |path| {
         let (socket, _) = begin(&Endpoint::Unix(path.to_owned()))?;
         rustix::io::ioctl_fionbio(&socket, false)?;
+        // Else a byte that is sent out of band, and a file with it, is not seen before it is received.
+        set_socket_oobinline(&socket, true)?;
         Ok((socket, stat(path).ok()))
     })
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end of a monitor's connection when it is not used any more, and its use after that.
 
+use std::sync::Arc;
+
 use super::connection::{Connection, Output};
 use super::users::Users;
 use super::{Monitor, State, lock};
@@ -11,6 +13,7 @@ impl Monitor {
     /// way fail.
     pub(super) fn leave(&self, change: impl FnOnce(&mut Users)) {
         let mut users = lock(&self.users);
+        let run = users.run();
         change(&mut users);
         if !users.need_nothing() {
             return;
@@ -23,6 +26,9 @@ impl Monitor {
             let mut outputs = Vec::new();
             connection.fail(self.down(), &self.path, &mut outputs);
             outputs.into_iter().for_each(Output::answer);
+            let socket = Arc::clone(connection.stream());
+            drop(connection);
+            self.close_aside(socket, run);
         }
     }
 

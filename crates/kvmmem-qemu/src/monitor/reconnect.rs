@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvmmem_limit::RateLimit;
 
 use super::connection::{Connection, Output};
-use super::{AGAIN, Find, Monitor, SOON, State, lock};
+use super::{AGAIN, Find, Monitor, Run, SOON, State, lock};
 use crate::qmp::QmpError;
 
 /// A QEMU can cause these at will.
@@ -35,16 +35,18 @@ impl Monitor {
         Some(Arc::clone(connection.stream()))
     }
 
-    /// Has a job close a lost connection: what was not received may have files whose close blocks, and
-    /// who steps must not wait for that.
-    pub(super) fn close_aside(&self, socket: Arc<OwnedFd>) {
-        let run = lock(&self.users).all().first().map(|user| Arc::clone(&user.run));
+    /// Has a job close a connection: what was not received may have files whose close blocks, and who
+    /// steps must not wait for that.
+    pub(super) fn close_aside(&self, socket: Arc<OwnedFd>, run: Option<Arc<Run>>) {
+        let closing = Arc::clone(&self.closing);
         let close = move || {
             // Those who wait for the socket drop it once they hear that it is lost.
             let limit = Instant::now() + DROP_LIMIT;
             while Arc::strong_count(&socket) > 1 && Instant::now() < limit {
                 std::thread::sleep(SOON);
             }
+            drop(socket);
+            drop(closing);
         };
         // Without a user, or a thread for it, it is closed here.
         let _ = run.map(|run| run(Box::new(close)));
@@ -53,7 +55,7 @@ impl Monitor {
     pub(super) fn connect_again(self: &Arc<Self>) {
         let users = lock(&self.users);
         let finds: Vec<Arc<Find>> = users.all().iter().map(|user| Arc::clone(&user.find)).collect();
-        let run = users.all().first().map(|user| Arc::clone(&user.run));
+        let run = users.run();
         drop(users);
         let me = Arc::downgrade(self);
         let attempt = move || {

@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
+use rustix::net::SendFlags;
 use rustix::net::sockopt::set_socket_linger;
 use serde_json::json;
 
@@ -253,21 +254,69 @@ fn lingering() -> (TcpStream, TcpStream) {
     (file, other_end)
 }
 
-#[test]
-fn a_file_that_takes_long_to_close_does_not_hold_up_who_steps() {
-    let fake = Fake::start("running");
-    let (monitor, ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), || None);
+/// Has a QEMU send such a file, and returns once nothing but the socket has it.
+fn send_file(fake: &Fake, monitor: &Monitor, flags: SendFlags) -> TcpStream {
     let (file, other_end) = lingering();
-    fake.machine().file = Some(file.into());
+    fake.machine().file = Some((file.into(), flags));
+    monitor.send("stop", &json!({}), drop);
+    let began = Instant::now();
+    while !std::mem::take(&mut fake.machine().has_sent_file) {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    other_end
+}
+
+/// Does it on another thread, as it may not return.
+#[track_caller]
+fn returns(act: impl FnOnce() + Send + 'static) {
     let (done, is_done) = mpsc::channel();
-    let (stepped, result) = (Arc::clone(&monitor), send(&monitor));
     std::thread::spawn(move || {
-        step_until(&stepped, || !stepped.is_up());
+        act();
         done.send(()).unwrap();
     });
     is_done.recv_timeout(PATIENCE).expect("it waits for the file to be closed");
-    let error = result.recv_timeout(PATIENCE).unwrap().unwrap_err();
-    assert!(matches!(error, QmpError::Connection { .. }), "{error:?}");
-    assert_eq!(lock(&ear.others).last().map(|(event, _)| event), Some(&MonitorEvent::Lost));
-    drop(other_end);
+}
+
+#[test]
+fn a_file_that_takes_long_to_close_does_not_hold_up_who_steps() {
+    for flags in [SendFlags::empty(), SendFlags::OOB] {
+        let fake = Fake::start("running");
+        let (monitor, ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), || None);
+        let _other_end = send_file(&fake, &monitor, flags);
+        let stepped = Arc::clone(&monitor);
+        returns(move || step_until(&stepped, || !stepped.is_up()));
+        assert_eq!(lock(&ear.others).last().map(|(event, _)| event), Some(&MonitorEvent::Lost));
+    }
+}
+
+#[test]
+fn a_file_that_takes_long_to_close_does_not_hold_up_who_leaves() {
+    let fake = Fake::start("running");
+    let (monitor, ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), || None);
+    let _other_end = send_file(&fake, &monitor, SendFlags::empty());
+    let left = Arc::clone(&monitor);
+    returns(move || left.unsubscribe(&subscriber(&ear)));
+    assert!(!monitor.is_up());
+}
+
+#[test]
+fn a_qemu_that_sends_files_again_and_again_leaves_threads_for_others() {
+    let fake = Fake::start("running");
+    let path = fake.path.clone();
+    let find = move || Qmp::connect(&path).ok();
+    let (monitor, _ear) = monitor(Some(Qmp::connect(&fake.path).unwrap()), find);
+    let mut other_ends = Vec::new();
+    for losses in 1..=MAX_CLOSING as u64 + 1 {
+        step_until(&monitor, || monitor.is_up());
+        other_ends.push(send_file(&fake, &monitor, SendFlags::empty()));
+        step_until(&monitor, || monitor.counts().losses == losses);
+    }
+    assert_eq!(Arc::strong_count(&monitor.closing), 1 + MAX_CLOSING + 1);
+    let now = Instant::now();
+    lock(&monitor.state).again = Some(now);
+    monitor.step();
+    assert!(!monitor.is_up() && lock(&monitor.state).again.unwrap() >= now + CLOSING_PAUSE);
+    drop(other_ends);
+    step_until(&monitor, || monitor.is_up());
 }

@@ -71,6 +71,11 @@ impl Users {
         self.is_left && self.loans == 0
     }
 
+    /// What does jobs, where there is a user.
+    pub(super) fn run(&self) -> Option<Arc<Run>> {
+        self.list.first().map(|user| Arc::clone(&user.run))
+    }
+
     pub(super) fn all(&self) -> &[User] {
         &self.list
     }
