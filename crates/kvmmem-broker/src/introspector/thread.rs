@@ -198,7 +198,12 @@ impl Thread {
                     next.push(until);
                     self.unplugging.push(one);
                 }
-                Progress::Gone => self.it.forget(&one.view),
+                Progress::Gone => {
+                    self.it.forget(&one.view);
+                    if self.it.views().iter().all(|view| view.phase() != Phase::Stuck) {
+                        self.pause = BACK_OFF.0;
+                    }
+                }
                 Progress::Stuck => self.stuck(&one.view, now),
             }
         }

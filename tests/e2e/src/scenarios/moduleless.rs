@@ -160,7 +160,11 @@ fn look(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedAt) 
         output.error_text(),
     );
     report.check("its view is closed", world.settles(0)? && is_empty(world, spec)?, "");
-    report.equal("and its port is free again", &slots(world, spec)?, &free(VIEWS));
+    report.equal(
+        "and its port is free again",
+        &settled_slots(world, spec, &free(VIEWS))?,
+        &free(VIEWS),
+    );
     let command =
         probe(&grant, "spy").args(["--gpa", &target.gpa.to_string(), "--marker", &target.hex]);
     let child = world.qemu(spec)?.agent.spawn(&command)?;
@@ -239,7 +243,8 @@ fn stopped(world: &mut World, report: &mut Report, spec: &Spec, target: &LookedA
     second.kill(KILL)?;
     second.wait(PATIENCE)?;
     let unplugged = world.settles(0)? && is_empty(world, spec)?;
-    let (left, retired) = slots(world, spec)?;
+    let (_, retired) = slots(world, spec)?;
+    let (left, retired) = settled_slots(world, spec, &(VIEWS as u64 - 1, retired))?;
     report.check(
         "a tool that is killed costs no port",
         unplugged && left == VIEWS as u64 - 1 && retired.len() == 1,
@@ -364,7 +369,7 @@ fn unprivileged(
         }
         let is_gone = world.settles(0)? && is_empty(world, spec)?;
         report.check("the view of a tool that is not root is gone", is_gone, "");
-        report.equal("and costs no port", &slots(world, spec)?, &free(VIEWS));
+        report.equal("and costs no port", &settled_slots(world, spec, &free(VIEWS))?, &free(VIEWS));
     }
     let (mut tool, _) = page.hold_as(world, spec, 0, Command::as_member)?;
     proxy.kill(TERM)?;
@@ -372,7 +377,7 @@ fn unprivileged(
     report.check("the proxy ends by SIGTERM", ended.success(), ended.to_string());
     report_end(report, "the proxy has ended", &mut tool)?;
     report.check("and its view", world.settles(0)? && is_empty(world, spec)?, "");
-    report.equal("and costs no port", &slots(world, spec)?, &free(VIEWS));
+    report.equal("and costs no port", &settled_slots(world, spec, &free(VIEWS))?, &free(VIEWS));
     Ok(())
 }
 
@@ -430,6 +435,17 @@ fn slots(world: &World, spec: &Spec) -> Result<(u64, Vec<String>)> {
     let retired = line["slots"]["retired"].as_array().context("no list of retired ports")?;
     let retired = retired.iter().filter_map(|bus| bus.as_str().map(str::to_owned)).collect();
     Ok((line["slots"]["free"].as_u64().context("no number of free slots")?, retired))
+}
+
+/// The slots once they are as is wanted, or as they are at last: a view takes its slots until the broker
+/// knows that QEMU has released its memory.
+fn settled_slots(
+    world: &World,
+    spec: &Spec,
+    wanted: &(u64, Vec<String>),
+) -> Result<(u64, Vec<String>)> {
+    wait::until(|| Ok(slots(world, spec)? == *wanted))?;
+    slots(world, spec)
 }
 
 fn free(count: usize) -> (u64, Vec<String>) {
