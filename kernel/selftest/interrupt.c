@@ -49,7 +49,8 @@ void test_interrupt(void)
 	host_sets_state(0, KVMMEM_STATE_REVOKED);
 	for (int i = 0; i < FILES; i++)
 		CHECK_EQUAL(polled(files[i], LONG), POLLPRI | POLLHUP);
-	CHECK(interrupts() > before);
+	/* poll looks for itself: the interrupt may be on its way still, to the other CPU. */
+	CHECK(WITHIN(interrupts() > before));
 	CHECK(signal_of_read(p) != 0);
 	/* One of several files is closed: the others' handlers stay. */
 	close(files[0]);
@@ -59,7 +60,7 @@ void test_interrupt(void)
 	before = interrupts();
 	host_shows_usual(0, RW);
 	CHECK_EQUAL(polled(files[0], LONG), POLLPRI);
-	CHECK(interrupts() > before);
+	CHECK(WITHIN(interrupts() > before));
 	munmap(p, HUGE_SIZE);
 	close(files[0]);
 	close(files[2]);
