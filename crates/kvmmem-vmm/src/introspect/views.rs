@@ -38,21 +38,20 @@ impl Views {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the machine where a target's pages cannot be taken from its guest.
-    fn settle(&self, revoked: Result<(), MapError>) {
-        if let Err(error) = revoked {
-            self.stop.end(GenerationEnd::Failed(error.into()));
-        }
+    /// Ends the machine where a target's pages cannot be taken from its guest. Returns whether they
+    /// were taken.
+    fn settle(&self, revoked: Result<(), MapError>) -> bool {
+        revoked.map_err(|error| self.stop.end(GenerationEnd::Failed(error.into()))).is_ok()
     }
 }
 
 impl ViewEvents for Views {
+    /// Not confirmed where memory cannot be taken from the guest: the end of the process, and with
+    /// it of its connection, confirms it then.
     fn revoke(&self, grant: u64) -> bool {
-        if let Some(windows) = &*self.windows() {
-            windows.end(State::Revoked, |view| view.grant == grant);
-        }
-        self.settle(self.engine.revoke(grant));
-        true
+        let are_ended = (self.windows().as_ref())
+            .is_none_or(|windows| windows.end(State::Revoked, |view| view.grant == grant));
+        self.settle(self.engine.revoke(grant)) && are_ended
     }
 
     fn gone(&self, target: u64) {

@@ -184,6 +184,10 @@ fn run_once(
 ) -> Result<(), VcpuError> {
     let failed = |source| VcpuError::Registers { id, source };
     let inside = shared.rendezvous.enter(id, || registers::read(vcpu).ok());
+    // What ends the machine may be that memory could not be taken from a paused guest.
+    if shared.stop.is_ending() {
+        return Ok(());
+    }
     let exit = vcpu.run();
     drop(inside);
     if !matches!(exit, Ok(VcpuExit::InternalError | VcpuExit::Intr) | Err(_)) {

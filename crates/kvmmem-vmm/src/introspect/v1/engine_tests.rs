@@ -6,12 +6,14 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_client::vmm::{Region, Scope, Span};
+use kvmmem_client::vmm::{Region, Scope, Span, ViewEvents};
 use kvmmem_proto::map::MemoryMap;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::introspect::views::Views;
+use crate::machine::stop::StopHandle;
 
 const RAM_BYTES: u64 = 1 << 20;
 const HOLE: u64 = 0x7000;
@@ -190,6 +192,17 @@ fn a_revoked_grants_pages_are_own_again_and_wait_for_their_unmapping() {
     assert!(matches!(map(0x1000, 3, true), Err(MapError::Revoked { grant: 3 })));
     assert_eq!(read(&engine, 0x1000), 8);
     engine.unmap_all().unwrap();
+}
+
+#[test]
+fn a_revocation_that_fails_is_not_confirmed_and_ends_the_machine() {
+    let (engine, target) = (Arc::new(engine(10)), FakeTarget::new());
+    let outside = Page::Mapped { _target: target, grant: GRANT };
+    engine.lock().pages.insert(RAM_BYTES, outside);
+    let stop = StopHandle::default();
+    let views = Views::new(engine, stop.clone());
+    assert!(views.revoke(GRANT + 1) && !stop.is_ending());
+    assert!(!views.revoke(GRANT) && stop.is_ending());
 }
 
 #[test]

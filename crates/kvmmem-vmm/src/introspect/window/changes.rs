@@ -20,14 +20,14 @@ use crate::limit::warn_limited;
 use crate::machine::rendezvous::PauseGuard;
 
 impl Windows {
-    /// Ends the views that `is_meant` picks, with the state `state`. On return the guest does not
-    /// reach them; it may stand still for some time more, for KVM takes its time to change
-    /// slots.
-    pub(crate) fn end(self: &Arc<Self>, state: State, is_meant: impl Fn(&View) -> bool) {
+    /// Ends the views that `is_meant` picks, with the state `state`. Returns whether the guest does
+    /// not reach them any more; where it does, the machine ends. The guest may stand still for some
+    /// time more, for KVM takes its time to change slots.
+    pub(crate) fn end(self: &Arc<Self>, state: State, is_meant: impl Fn(&View) -> bool) -> bool {
         let mut table = self.lock();
         let indices = table.open_indices(is_meant);
         if indices.is_empty() {
-            return;
+            return true;
         }
         let paused = self.pause();
         for &index in &indices {
@@ -39,9 +39,9 @@ impl Windows {
         drop(table);
         self.interrupt();
         let Some(paused) = paused else {
-            self.poison_ended(&indices, false);
-            return;
+            return self.poison_ended(&indices, false);
         };
+        // A vCPU that was paused does not enter the guest of a machine that ends.
         let (windows, held, later) = (self.clone(), paused.clone(), indices.clone());
         let swap = move || {
             windows.poison_ended(&later, true);
@@ -51,15 +51,18 @@ impl Windows {
             warn_limited!(%source, "no thread to end views by");
             self.poison_ended(&indices, true);
         }
+        true
     }
 
     /// Puts poison behind the slots of those of these views that have ended and are still there.
-    fn poison_ended(&self, indices: &[usize], is_paused: bool) {
+    /// Returns whether the guest does not reach what was there.
+    fn poison_ended(&self, indices: &[usize], is_paused: bool) -> bool {
         let mut table = self.lock();
         let ended = table.views_at(indices).filter(|view| view.state != State::Open);
-        let behind = self.poison(ended.flat_map(View::slots), is_paused);
+        let (behind, is_done) = self.poison(ended.flat_map(View::slots), is_paused);
         drop(table);
         self.worker.unmap(behind);
+        is_done
     }
 
     /// Pauses the vCPUs until the result is dropped; `None` if they do not leave the guest.
@@ -72,13 +75,13 @@ impl Windows {
             .ok()
     }
 
-    /// Puts poison behind slots, and returns what was there.
+    /// Puts poison behind slots. Returns what was there, and whether all of them have it.
     fn poison<'a>(
         &self,
         slots: impl Iterator<Item = &'a mut Memslot>,
         is_paused: bool,
-    ) -> Vec<GuestMapping> {
-        let mut behind = Vec::new();
+    ) -> (Vec<GuestMapping>, bool) {
+        let (mut behind, mut is_done) = (Vec::new(), true);
         for slot in slots.filter(|slot| !slot.is_empty()) {
             let taken = match poison_for(slot, &self.poison) {
                 Ok(poison) if is_paused => replace(slot, poison, &self.poison),
@@ -93,10 +96,13 @@ impl Windows {
             };
             match taken {
                 Ok(before) => behind.extend(before),
-                Err(error) => self.give_up(error),
+                Err(error) => {
+                    self.give_up(error);
+                    is_done = false;
+                }
             }
         }
-        behind
+        (behind, is_done)
     }
 
     /// Shows what a target's memory is now. Ranges that are as they were stay where they are.
@@ -113,7 +119,7 @@ impl Windows {
                 // behind the copy.
                 table.describe_lifted(index, &view);
             }
-            let behind =
+            let (behind, _) =
                 self.poison(view.poisoned.iter_mut().skip(retired.start), paused.is_some());
             self.show_more(&mut table, &mut view, &**target, &regions);
             table.open(index, view);
