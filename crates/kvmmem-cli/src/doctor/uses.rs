@@ -73,7 +73,7 @@ impl Use {
             Self::QemuIntrospectors => &["vhost_vsock", "broker", "introspector"],
             // The vsock device is for the guest endpoint alone.
             Self::Views => &["host", "module", "device", "views", "guest-endpoint"],
-            Self::Pages => &["host", "module", "device", "vsock", "memlock"],
+            Self::Pages => &["host", "module", "device", "vsock", "memlock", "guest-endpoint"],
             Self::Kvmi => &["vsock"],
         }
     }
@@ -106,10 +106,10 @@ impl Use {
     }
 }
 
-/// A verdict for each use of the role. Under a stock QEMU there are no hypercalls, and so no single
-/// pages.
+/// A verdict for each use of the role. Without the module there are no single pages, and no check of
+/// its device is made.
 pub(super) fn verdicts(role: Role, checks: &[Check], is_root: bool) -> Vec<Verdict> {
-    let has_pages = checks.iter().any(|check| check.name == "memlock");
+    let has_pages = checks.iter().any(|check| check.name == "device");
     let uses = Use::value_variants().iter().copied().filter(|each| each.role() == role);
     uses.filter(|each| *each != Use::Pages || has_pages)
         .map(|each| each.judge(checks, is_root))
@@ -179,10 +179,15 @@ mod tests {
         // Tools may do without the module there.
         let without = [check("module", Status::Warn), check("views", Status::Ok)];
         assert_eq!(Use::Views.judge(&without, true).status, Status::Warn);
-        // Under a stock QEMU there are no pages, and views come by the guest endpoint.
+        // Under a stock QEMU both need that the broker has this virtual machine as an introspector.
         checks[3].status = Status::Ok;
         checks[5] = check("guest-endpoint", Status::Fail);
-        let wanted = [(Use::Views, Status::Fail), (Use::Kvmi, Status::Ok)];
+        let wanted =
+            [(Use::Views, Status::Fail), (Use::Pages, Status::Fail), (Use::Kvmi, Status::Ok)];
         assert_eq!(statuses(Role::Guest, &checks), wanted);
+        checks[5].status = Status::Ok;
+        assert_eq!(statuses(Role::Guest, &checks)[1], (Use::Pages, Status::Ok));
+        let without = [check("module", Status::Warn), check("vsock", Status::Ok)];
+        assert!(statuses(Role::Guest, &without).iter().all(|(what, _)| *what != Use::Pages));
     }
 }
