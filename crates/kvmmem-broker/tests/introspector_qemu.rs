@@ -332,7 +332,7 @@ fn what_cannot_be_an_introspector_is_refused_with_a_remedy() {
         return;
     };
     let added = add(&broker, &qemu, OnSilence::Report).unwrap();
-    assert_eq!(added.places, 1);
+    assert_eq!(added.slot_count, 1);
     assert!(
         refusal(&qemu, Some(CID)).contains("answers")
             || refusal(&qemu, Some(CID)).contains("already")

@@ -31,7 +31,7 @@ enum Verb {
     },
     /// Let a running virtual machine under QEMU look at targets (root only).
     ///
-    /// It must have been started with what `kvmmem qemu-args` prints: places for views, a vsock
+    /// It must have been started with what `kvmmem qemu-args` prints: PCI slots for views, a vsock
     /// device, and a QMP socket for the broker alone. Its guest needs the module kvmmem, unless it
     /// is --trusted. With --pid alone the QMP socket comes from its command line; with --libvirt
     /// the socket beside libvirt's is used.
@@ -111,7 +111,7 @@ struct Slots {
 #[derive(Serialize)]
 struct AddedLine<'a> {
     introspector: &'a TargetInfo,
-    places: u32,
+    slot_count: u32,
     has_offset: bool,
 }
 
@@ -185,8 +185,12 @@ impl Add {
             .add_introspector(&request)
             .context("cannot add the introspector")?;
         if output.is_json() {
-            let NewIntrospector { target, places, has_offset } = &added;
-            let line = AddedLine { introspector: target, places: *places, has_offset: *has_offset };
+            let NewIntrospector { target, slot_count, has_offset } = &added;
+            let line = AddedLine {
+                introspector: target,
+                slot_count: *slot_count,
+                has_offset: *has_offset,
+            };
             return Ok(output.object(&line)?);
         }
         for line in lines(&added) {
@@ -198,19 +202,14 @@ impl Add {
 
 /// What was added, and what it cannot do.
 fn lines(added: &NewIntrospector) -> Vec<String> {
-    let NewIntrospector { target, places, has_offset } = added;
+    let NewIntrospector { target, slot_count, has_offset } = added;
     let cid = target.identity.cid.map_or_else(|| "-".to_owned(), |cid| cid.to_string());
     let mut lines = vec![format!(
         "{} ({}) is an introspector; context id {cid}",
         escape(&target.identity.name),
         target.identity.uuid
     )];
-    lines.push(match places {
-        0 => "  it has no free place for views: kvmmem qemu-args prints what to start it with"
-            .to_owned(),
-        1 => "  it has place for 1 view at a time".to_owned(),
-        places => format!("  it has places for {} at a time", count(*places, "view")),
-    });
+    lines.push(format!("  it has {} for views", count(*slot_count, "PCI slot")));
     if !has_offset {
         lines.push(
             "  its QEMU shows whole files only: a grant must be for all RAM, and that a power of two in one file"
@@ -273,17 +272,16 @@ mod tests {
     #[test]
     fn what_it_lacks_is_said() {
         let target = TargetInfo { memory_bytes: 0, ..crate::registered::example("lion\x1b") };
-        let mut added = NewIntrospector { target, places: 2, has_offset: true };
+        let mut added = NewIntrospector { target, slot_count: 2, has_offset: true };
         assert_eq!(
             lines(&added),
             [
                 "lion\\u{1b} (00000000-0000-0000-0000-000000000000) is an introspector; context id 3",
-                "  it has places for 2 views at a time",
+                "  it has 2 PCI slots for views",
             ]
         );
-        added.places = 0;
         added.has_offset = false;
         let lines = lines(&added).join("\n");
-        assert!(lines.contains("kvmmem qemu-args") && lines.contains("power of two"), "{lines}");
+        assert!(lines.contains("power of two"), "{lines}");
     }
 }

@@ -35,7 +35,8 @@ Exit codes:
   0  done
   1  failed, standard error says why: there is no such process, or its mappings are damaged or changed while they were read
   2  the command line is wrong
-  3  some of it could not be read, standard error says how much; the rest was printed";
+  3  some of it could not be read, standard error says how much; the rest was printed
+  4  the guest was restarted while it was read";
 
 /// A mapping, as JSON.
 #[derive(Serialize)]

@@ -67,7 +67,7 @@ struct By {
     /// QMP socket of its QEMU, for the broker alone
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
-    /// Name in libvirt's system daemon
+    /// Name in libvirt: in its system daemon, or in this user's session
     #[arg(long, value_name = "NAME")]
     libvirt: Option<String>,
 }

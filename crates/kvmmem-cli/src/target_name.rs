@@ -22,7 +22,7 @@ pub(crate) enum TargetName {
     Pid(u32),
     /// QMP socket of its QEMU.
     Qmp(PathBuf),
-    /// What libvirt's system daemon calls it.
+    /// What libvirt calls it: its system daemon, or this user's session.
     Libvirt(String),
 }
 

@@ -159,10 +159,10 @@ fn becomes_an_introspector(machine: &str, is_count: fn(&str) -> bool) {
         return;
     }
     assert!(is_added && text.starts_with("lion (") && text.contains("context id 4711"), "{text}");
-    let count = text.split_once("places for ").unwrap().1.split(' ').next().unwrap();
+    let count = text.split_once("  it has ").unwrap().1.split(' ').next().unwrap();
     assert!(is_count(count), "{text}");
     let (_, all) = run(&["doctor", "--role", "host"]);
-    let free = format!("lion, context id 4711: {count} of {count} places for views are free");
+    let free = format!("lion, context id 4711: {count} of {count} slots for views are free");
     assert!(all.contains(&free), "{all}");
     let (_, list) = run(&["introspector", "list"]);
     assert!(

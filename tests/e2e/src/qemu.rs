@@ -165,10 +165,10 @@ impl Qemu {
     }
 }
 
-/// How many views at a time the introspectors have places for.
+/// How many PCI slots for views the introspectors have.
 pub(crate) const VIEWS: usize = 2;
 
-/// The output of `kvmmem qemu-args` for an introspector: places for views, vsock, the broker's QMP
+/// The output of `kvmmem qemu-args` for an introspector: slots for views, vsock, the broker's QMP
 /// socket.
 fn introspector_arguments(bed: &TestBed, spec: Spec, socket: &Path) -> Result<Vec<String>> {
     let output = Command::new(bed.bin("kvmmem"))

@@ -44,7 +44,7 @@ enum AddError {
     #[error(
         "QEMU has no PCI slot for views; start it with root ports whose ids begin with kvmmem, as `kvmmem qemu-args` prints them"
     )]
-    NoPlaces,
+    NoSlots,
     #[error("there are {MAX} introspectors under QEMUs already")]
     Full,
     #[error(
@@ -67,7 +67,7 @@ impl From<AddError> for CallError {
             AddError::Find(_)
             | AddError::Machine(_)
             | AddError::NoCid
-            | AddError::NoPlaces
+            | AddError::NoSlots
             | AddError::GuestEndpoint(_) => Refusal::Invalid,
         };
         Self::from_error(refusal, &error)
@@ -98,7 +98,7 @@ impl Service {
         let found = find::find(&request.which, &|path| self.monitors().connect(path));
         let found = found.map_err(AddError::from)?;
         let socket = found.qmp.path().to_owned();
-        let (introspector, places) = self.add_found(found, request, uuid)?;
+        let (introspector, slot_count) = self.add_found(found, request, uuid)?;
         let vm = Arc::clone(introspector.link.vm());
         let Trust { on_silence, is_trusted } = introspector.traits.trust;
         let added = Event::AddedIntrospector { vm: &vm, on_silence, is_trusted, by: peer };
@@ -112,7 +112,7 @@ impl Service {
             return Err(AddError::Resources(error).into());
         }
         let target = vm.info();
-        Ok(Answer::IntrospectorAdded(NewIntrospector { target, places, has_offset }))
+        Ok(Answer::IntrospectorAdded(NewIntrospector { target, slot_count, has_offset }))
     }
 
     fn add_found(
@@ -123,9 +123,9 @@ impl Service {
     ) -> Result<(Arc<Introspector>, u32), AddError> {
         let machine = Machine::of(&mut qmp)?;
         let cid = request.cid.or(machine.cid).ok_or(AddError::NoCid)?;
-        let places = machine::slots(&mut qmp)?.count;
-        if places == 0 {
-            return Err(AddError::NoPlaces);
+        let slot_count = machine::slots(&mut qmp)?.count;
+        if slot_count == 0 {
+            return Err(AddError::NoSlots);
         }
         let left_over = machine::left_over(&mut qmp)?;
         let marks = machine::marks(&mut qmp)?;
@@ -164,7 +164,7 @@ impl Service {
             workers: self.services().clone(),
             ended: Condvar::new(),
         });
-        Ok((introspector, u32::try_from(places).unwrap_or(u32::MAX)))
+        Ok((introspector, u32::try_from(slot_count).unwrap_or(u32::MAX)))
     }
 
     /// Takes an introspector out that was added; its views end. The VM itself runs on.

@@ -60,7 +60,7 @@ impl Pair {
         wait_for_firmware(&log, 0);
         let added = add(&broker, &qemu, on_silence).unwrap();
         let vm = &added.target.identity;
-        assert!(added.places > 20 && vm.introspector && vm.cid == Some(CID));
+        assert!(added.slot_count > 20 && vm.introspector && vm.cid == Some(CID));
         assert_eq!((vm.name.as_str(), added.target.pid), ("watcher", qemu.process.id()));
         let introspector = broker.service.introspector(CID).unwrap();
         let target = Some(target(&broker));

@@ -177,18 +177,18 @@ fn check_slots(vm: &TargetInfo, slots: Result<FreeSlots, ClientError>) -> Option
         Ok(FreeSlots { retired, .. }) if !retired.is_empty() => Check::warn(
             NAME,
             format!(
-                "{who}: {} not used: tools without the module ended there unheard",
+                "{who}: {} not used: a tool without the module did not acknowledge the end of its view there",
                 retired.join(", ")
             ),
             "reset it when that suits (QMP system_reset, a reboot of its guest)",
         ),
         Ok(FreeSlots { free: 0, count, .. }) => Check::warn(
             NAME,
-            format!("{who}: all {count} places for views are taken"),
-            "close views, or start it with more places: kvmmem qemu-args --views",
+            format!("{who}: all {count} slots for views are taken"),
+            "close views, or start it with more slots: kvmmem qemu-args --views",
         ),
         Ok(FreeSlots { free, count, .. }) => {
-            Check::ok(NAME, format!("{who}: {free} of {count} places for views are free"))
+            Check::ok(NAME, format!("{who}: {free} of {count} slots for views are free"))
         }
         Err(ClientError::Refused { refusal: Refusal::Denied, .. }) => return None,
         Err(error) => Check::warn(
@@ -222,12 +222,12 @@ mod tests {
     }
 
     #[test]
-    fn introspectors_without_a_free_place_are_told() {
+    fn introspectors_without_a_free_slot_are_told() {
         let vm = TargetInfo { memory_bytes: 0, ..crate::registered::example("lion") };
         let check = check_slots(&vm, Ok(slots(1, &[]))).unwrap();
         assert_eq!(
             (check.status, check.detail.as_str()),
-            (Status::Ok, "lion, context id 3: 1 of 2 places for views are free")
+            (Status::Ok, "lion, context id 3: 1 of 2 slots for views are free")
         );
         assert!(check_slots(&vm, Ok(slots(0, &[]))).unwrap().remedy.unwrap().contains("--views"));
         let retired = check_slots(&vm, Ok(slots(1, &["kvmmem0"]))).unwrap();

@@ -113,7 +113,7 @@ pub struct NewIntrospector {
     /// The VM.
     pub target: TargetInfo,
     /// How many PCI slots there are for views.
-    pub places: u32,
+    pub slot_count: u32,
     /// Whether this QEMU shows parts of files (`offset` of its memory backends): where it does
     /// not, a view shows all of a target's RAM or nothing.
     pub has_offset: bool,

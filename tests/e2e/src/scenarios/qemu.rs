@@ -57,9 +57,9 @@ pub(crate) const ALL: &[Scenario] = &[
         run: grants::parts,
     },
     Scenario {
-        name: "qemu_places",
+        name: "qemu_slots",
         purpose: "an introspector whose slots are all taken",
-        run: grants::places,
+        run: grants::slots,
     },
     Scenario {
         name: "qemu_v1",

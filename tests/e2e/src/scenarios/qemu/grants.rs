@@ -63,25 +63,25 @@ fn is_lost(tool: &mut crate::raw::Raw, view: &str, gpa: u64) -> Result<bool> {
     Ok(errno(tool.load(&page, 1)?) == "SIGBUS")
 }
 
-pub(super) fn places(world: &mut World, report: &mut Report) -> Result<()> {
+pub(super) fn slots(world: &mut World, report: &mut Report) -> Result<()> {
     let target = LookedAt::ours(world)?;
     add(world, &NEW_Q35, "report")?;
     let grant = target.grant(world, 10, None)?;
     let mut tool = world.qemu_viewer(&NEW_Q35)?;
     let connections: Vec<_> = (0..VIEWS).map(|_| open(&mut tool, &grant)).collect::<Result<_>>()?;
-    let words = tool.open_view(&grant.token)?.err().context("there was a place")?;
+    let words = tool.open_view(&grant.token)?.err().context("there was a slot")?;
     report.check(
-        "all places are taken, and the reason is told",
+        "all slots are taken, and the reason is told",
         words.contains("root ports"),
         &words,
     );
-    let (connection, view) = connections.first().context("no place at all")?;
+    let (connection, view) = connections.first().context("no slot at all")?;
     report.equal("the others look on", &tool.pread(view, target.gpa, 32)?, &Ok(target.hex.clone()));
     tool.must(&format!("close {connection}"))?;
     report.check("one is closed", world.settles(VIEWS - 1)?, "");
     let (_, view) = open(&mut tool, &grant)?;
     report.equal(
-        "and its place is free again",
+        "and its slot is free again",
         &tool.pread(&view, target.gpa, 32)?,
         &Ok(target.hex.clone()),
     );

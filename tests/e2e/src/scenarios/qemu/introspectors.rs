@@ -53,8 +53,8 @@ pub(super) fn look(world: &mut World, report: &mut Report, spec: &Spec) -> Resul
 
     let added = add(world, spec, "report")?;
     report.equal(
-        "introspector add counts its places",
-        &(added["places"].as_u64() >= Some(VIEWS as u64)),
+        "introspector add counts its slots",
+        &(added["slot_count"].as_u64() >= Some(VIEWS as u64)),
         &true,
     );
     let wanted = spec.release == Release::Trixie;
