@@ -188,15 +188,23 @@ impl DumpFile {
 
     /// The next range of the file that was written, at or after `offset`.
     fn data_in_file(&self, offset: u64) -> Result<Option<(u64, u64)>, MemoryError> {
-        let start = match seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(None),
+        let data = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => {
+                let end = seek(&self.file, SeekFrom::Hole(start))
+                    .map_err(|error| self.ended(start, error.into()))?;
+                Some((start, end))
+            }
+            Err(Errno::NXIO) => None,
             // The file system does not tell.
-            Err(_) => return Ok(Some((offset, u64::MAX))),
+            Err(_) => Some((offset, u64::MAX)),
         };
-        let end = seek(&self.file, SeekFrom::Hole(start))
-            .map_err(|error| self.ended(start, error.into()))?;
-        Ok(Some((start, end)))
+        // A file that was cut short has a hole from there on.
+        let len =
+            seek(&self.file, SeekFrom::End(0)).map_err(|error| self.ended(offset, error.into()))?;
+        if len < self.len {
+            return Err(self.ended(len, io::ErrorKind::UnexpectedEof.into()));
+        }
+        Ok(data)
     }
 
     fn ended(&self, offset: u64, source: io::Error) -> MemoryError {

@@ -271,6 +271,31 @@ fn large_reads_are_those_of_small_ones() {
 }
 
 #[test]
+fn the_core_of_a_process_is_no_dump_of_a_machine() {
+    let page = [1; 0x1000];
+    let open = |segments: &[(u64, &[u8], u64)]| {
+        let (_directory, path) = file(&elf(segments, false));
+        DumpFile::open(&path)
+    };
+    let error = open(&[(0, &page, 0), (0, &page[..0x800], 0)]).unwrap_err();
+    assert!(error.to_string().contains("core of a process"), "{error}");
+    // One range from address 0, and page 0 at two virtual addresses.
+    open(&[(0, &page, 0)]).unwrap();
+    open(&[(0, &page, 0), (0, &page, 0), (0x1000, &page, 0)]).unwrap();
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_searched_has_no_hole_from_there_on() {
+    for len in [0x1_0000, 0] {
+        let (_directory, path) = file(&pattern(0x8_0000));
+        let dump = DumpFile::open(&path).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+        let data: Vec<_> = (&dump as &dyn Memory).data().collect();
+        assert!(matches!(data.last(), Some(Err(MemoryError::Ended(_)))), "{data:?}");
+    }
+}
+
+#[test]
 fn a_file_that_shrinks_while_it_is_read_is_an_error_that_names_it() {
     let (_directory, path) = file(&pattern(0x8_0000));
     let dump = DumpFile::open(&path).unwrap();

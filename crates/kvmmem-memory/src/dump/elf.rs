@@ -33,6 +33,12 @@ pub(super) fn segments(path: &Path, file: &File, len: u64) -> Result<Vec<Segment
             segments.push(Segment { range, offset: program.p_offset.get(Le) });
         }
     }
+    // Linux, gcore and `kvmmem dump --pid` write no physical addresses. A machine has its page 0
+    // more than once only where other segments tell what else there is.
+    if segments.len() > 1 && segments.iter().all(|segment| segment.range.gpa == 0) {
+        let what = "it is the core of a process, not of a machine: open it with gdb";
+        return Err(DumpError::malformed(path, what));
+    }
     Ok(segments)
 }
 
