@@ -9,7 +9,7 @@
  * Environment: KVMMEM_TOKEN (the token of a grant, 64 hex digits, as
  * `kvmmem grant create` prints it), KVMMEM_MARKER_HEX (the bytes to look for),
  * KVMMEM_DEVICE (default /dev/kvmmem). Prints each place; exits with 0 if there
- * is one, with 1 if not.
+ * is one, with 1 if not. A marker has 64 bytes at most.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -73,22 +73,26 @@ static size_t parse_hex(const char *hex, unsigned char *bytes, size_t most)
 static long look(int fd, uint64_t from, uint64_t to, const unsigned char *marker, size_t length)
 {
 	static unsigned char copy[PIECE + MARKER_MOST];
+	size_t kept = 0; /* The end of the last piece, where a marker may begin that ends in the next one. */
 	long found = 0;
 
 	while (from < to) {
 		size_t part = to - from < PIECE ? to - from : PIECE;
 		unsigned char *target = mmap(NULL, part, PROT_READ, MAP_SHARED, fd, from);
+		unsigned char *end = copy + kept + part;
 
 		if (target == MAP_FAILED)
 			fail("mmap");
 		/* The target goes on running: what is searched is a copy. */
-		memcpy(copy, target, part);
+		memcpy(copy + kept, target, part);
 		munmap(target, part);
-		for (unsigned char *at = copy; (at = memmem(at, copy + part - at, marker, length)); at++) {
-			printf("marker at gpa %#lx\n", (unsigned long)(from + (at - copy)));
+		for (unsigned char *at = copy; (at = memmem(at, end - at, marker, length)); at++) {
+			printf("marker at gpa %#lx\n", (unsigned long)(from - kept + (at - copy)));
 			found++;
 		}
 		from += part;
+		kept = (size_t)(end - copy) < length - 1 ? (size_t)(end - copy) : length - 1;
+		memmove(copy, end - kept, kept);
 	}
 	return found;
 }
@@ -107,6 +111,10 @@ int main(void)
 	long found = 0;
 	int fd;
 
+	if (strlen(getenv("KVMMEM_MARKER_HEX")) > 2 * MARKER_MOST) {
+		fprintf(stderr, "KVMMEM_MARKER_HEX holds more than %d bytes\n", MARKER_MOST);
+		return 1;
+	}
 	if (length == 0 || parse_hex(need("KVMMEM_TOKEN"), (unsigned char *)&attach.token, 32) != 32) {
 		fprintf(stderr, "KVMMEM_TOKEN is not 64 hex digits, or KVMMEM_MARKER_HEX holds none\n");
 		return 1;
