@@ -48,11 +48,11 @@ pub(super) fn find(
     );
     let mut windows: Vec<GpaRange> = Vec::new();
     let work = |batch: Vec<Piece>, sink: &Sink<BatchWindows>| {
-        let windows = in_batch(&scanner, &batch, access)?;
+        let windows = in_batch(&scanner, &batch, places.runs, access)?;
         sink.send(BatchWindows { windows, bytes: batch.iter().map(Piece::len).sum() })
     };
     in_order(threads, places.batches(REACH, PIECE, BATCH), work, |found| {
-        found.windows.into_iter().for_each(|window| add(&mut windows, window));
+        found.windows.into_iter().for_each(|window| add(&mut windows, window, places.runs));
         done(found.bytes);
         Ok(ControlFlow::Continue(()))
     })?;
@@ -60,7 +60,12 @@ pub(super) fn find(
 }
 
 /// The memory around each match in a batch.
-fn in_batch(scanner: &Scanner, batch: &[Piece], access: Access<'_>) -> Result<Vec<GpaRange>> {
+fn in_batch(
+    scanner: &Scanner,
+    batch: &[Piece],
+    runs: &[GpaRange],
+    access: Access<'_>,
+) -> Result<Vec<GpaRange>> {
     let mut places: Vec<GpaRange> = Vec::new();
     memory::scan(Pieces::new(batch, batch, access, &|_| {}), |memory| {
         let scan = scanner.scan_fragmented_with_callback(memory, |event| {
@@ -78,22 +83,30 @@ fn in_batch(scanner: &Scanner, batch: &[Piece], access: Access<'_>) -> Result<Ve
     places.sort_unstable_by_key(|place| place.start);
     let mut windows = Vec::new();
     for place in places {
-        let run = batch.iter().map(|piece| &piece.run).find(|run| run.contains(&place.start));
-        let run = run.cloned().unwrap_or(0..u64::MAX);
+        let run = run_of(place.start, runs).unwrap_or(&(0..u64::MAX));
         let start = place.start.saturating_sub(REACH).max(run.start);
-        add(&mut windows, start..place.end.saturating_add(REACH).min(run.end));
+        add(&mut windows, start..place.end.saturating_add(REACH).min(run.end), runs);
     }
     Ok(windows)
 }
 
-/// Adds a window that does not begin before the last one, by more than their overlap.
-fn add(windows: &mut Vec<GpaRange>, window: GpaRange) {
+/// Adds a window that does not begin before the last one, by more than their overlap. A window
+/// stays within one of the `runs`, since a piece does.
+fn add(windows: &mut Vec<GpaRange>, window: GpaRange, runs: &[GpaRange]) {
     match windows.last_mut() {
-        // A piece of the last one reaches that far. Runs are further apart.
-        Some(last) if window.start < last.end.saturating_add(REACH) => {
+        // A piece of the last one reaches that far.
+        Some(last)
+            if window.start < last.end.saturating_add(REACH)
+                && run_of(last.start, runs) == run_of(window.start, runs) =>
+        {
             last.start = last.start.min(window.start);
             last.end = last.end.max(window.end);
         }
         _ => windows.push(window),
     }
+}
+
+/// The run that holds `gpa`.
+fn run_of(gpa: u64, runs: &[GpaRange]) -> Option<&GpaRange> {
+    runs.get(runs.partition_point(|run| run.end <= gpa)).filter(|run| run.start <= gpa)
 }

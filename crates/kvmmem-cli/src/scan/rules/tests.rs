@@ -90,6 +90,22 @@ fn rules_mean_the_same_with_many_threads() {
 }
 
 #[test]
+fn matches_of_two_runs_that_are_close_are_all_found() {
+    let rules = rules("rule a { strings: $s = \"needle\" condition: any of them }").unwrap();
+    let runs = [0..0x2000, 0x2010..0x8_0000];
+    let both = [("a".to_owned(), 0x1f00), ("a".to_owned(), 0x2100)];
+    assert_eq!(places(&rules, &runs, &[0x1f00, 0x2100]), both);
+}
+
+#[test]
+fn matches_of_two_runs_may_fill_pieces() {
+    let rules = rules("rule a { strings: $s = \"needle\" condition: any of them }").unwrap();
+    let runs = [0..0x2000, 0x2010..0x8_0000];
+    let many: Vec<u64> = (0x1f00..0x6_0000).step_by(0x1000).collect();
+    assert_eq!(places(&rules, &runs, &many).len(), many.len());
+}
+
+#[test]
 fn a_condition_sees_all_the_memory_and_its_addresses() {
     let rules = rules(
         "rule far { strings: $a = \"needle\" condition: #a == 2 and @a[2] == 0x80000ff0 }
