@@ -6,14 +6,19 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Builder};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// Items of each thread that may be ahead of the output.
 const AHEAD: usize = 8;
 
 /// Results of an item that may wait for those before them.
 const RESULTS: usize = 2;
+
+/// Why there are no threads, and what to do.
+const NO_THREAD: &str =
+    "cannot start a thread: raise the limit of processes (ulimit -u, or pids.max of the cgroup)";
 
 /// Where work leaves its results.
 pub(crate) struct Sink<T>(SyncSender<Result<T>>);
@@ -52,6 +57,13 @@ impl<I, T> Shared<I, T> {
 /// Counts a thread as working until it is dropped, also by a panic.
 struct Working<'a, I, T>(&'a Shared<I, T>);
 
+impl<'a, I, T> Working<'a, I, T> {
+    fn new(shared: &'a Shared<I, T>) -> Self {
+        shared.queue().working += 1;
+        Self(shared)
+    }
+}
+
 impl<I, T> Drop for Working<'_, I, T> {
     fn drop(&mut self) {
         self.0.queue().working -= 1;
@@ -71,30 +83,49 @@ impl<I, T> Drop for Output<'_, I, T> {
     }
 }
 
-/// Does `work` for each item in `threads` threads. `tell` gets the results in the order of items,
+/// Does `work` for each item in `threads` threads, or in fewer where the host starts no more.
+/// `tell` gets the results in the order of items,
 /// and those of one item in the order in which they were sent; it may end the work. The first error
 /// in this order ends it too.
 pub(crate) fn in_order<I: Iterator + Send, T: Send>(
     threads: usize,
     items: I,
     work: impl Fn(I::Item, &Sink<T>) -> Result<()> + Sync,
+    tell: impl FnMut(T) -> Result<ControlFlow<()>>,
+) -> Result<()> {
+    in_threads((0..threads).map(|_| Builder::new()), items, work, tell)
+}
+
+/// [`in_order`], in threads of these builders.
+fn in_threads<I: Iterator + Send, T: Send>(
+    threads: impl ExactSizeIterator<Item = Builder>,
+    items: I,
+    work: impl Fn(I::Item, &Sink<T>) -> Result<()> + Sync,
     mut tell: impl FnMut(T) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
-    let queue = Queue { items, results: VecDeque::new(), working: threads, is_ended: false };
+    let queue = Queue { items, results: VecDeque::new(), working: 0, is_ended: false };
     let shared = Shared { queue: Mutex::new(queue), taken: Condvar::new(), room: Condvar::new() };
-    std::thread::scope(|scope| {
+    let limit = threads.len() * AHEAD;
+    thread::scope(|scope| {
         let _output = Output(&shared);
-        for _ in 0..threads {
+        for (number, builder) in threads.enumerate() {
             let (shared, work) = (&shared, &work);
-            scope.spawn(move || {
-                let _working = Working(shared);
-                while let Some((item, sink)) = take(shared, threads * AHEAD) {
+            let working = Working::new(shared);
+            let started = builder.spawn_scoped(scope, move || {
+                let _working = working;
+                while let Some((item, sink)) = take(shared, limit) {
                     if let Err(error) = work(item, &sink) {
                         // Not received where the output has ended.
                         let _ = sink.0.send(Err(error));
                     }
                 }
             });
+            match started {
+                Ok(_) => {}
+                Err(error) if number == 0 => return Err(error).context(NO_THREAD),
+                // Those that were started have more to do.
+                Err(_) => break,
+            }
         }
         while let Some(results) = next(&shared) {
             for result in results {
@@ -154,6 +185,30 @@ mod tests {
             let expected: Vec<_> =
                 (0..500).flat_map(|item| (0..item % 7).map(move |number| (item, number))).collect();
             assert_eq!(all, expected);
+        }
+    }
+
+    #[test]
+    fn fewer_threads_do_the_work_where_the_host_starts_no_more() {
+        // No host has memory for such a stack.
+        let builder = |starts: bool| match starts {
+            true => Builder::new(),
+            false => Builder::new().stack_size(1 << 60),
+        };
+        let work = |item: usize, sink: &Sink<usize>| sink.send(item);
+        for started in 0..3 {
+            let mut all = Vec::new();
+            let threads = (0..3).map(|number| builder(number < started));
+            let result = in_threads(threads, 0..500, work, |item| {
+                all.push(item);
+                Ok(ControlFlow::Continue(()))
+            });
+            if started == 0 {
+                assert_eq!(result.unwrap_err().to_string(), NO_THREAD);
+            } else {
+                result.unwrap();
+                assert_eq!(all, (0..500).collect::<Vec<_>>());
+            }
         }
     }
 
