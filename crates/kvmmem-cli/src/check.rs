@@ -16,14 +16,14 @@ use crate::escape::escape;
 use crate::linux::{Damage, Guest};
 use crate::number::{Hex, parse};
 use crate::output::{Output, columns};
-use outcome::{check, is_sound, lstars, retain};
+use outcome::{check, combine, is_sound, lstars};
 
 /// Exit code where something was found.
 const FOUND: u8 = 3;
 
 /// How often a guest that runs is compared where something is found, and how long to wait in
 /// between: it adds and removes modules and tasks.
-const ROUNDS: u32 = 3;
+const ROUNDS: usize = 3;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The check of a register, which a kernel does not have.
@@ -89,13 +89,12 @@ enum FindingLine<'a> {
 impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let outcomes = self.guest.with_kernel_and_registers("check", |kernel, registers| {
-            let mut outcomes = check(kernel)?;
-            for _ in 1..ROUNDS {
-                if !self.guest.is_live() || outcomes.iter().all(is_sound) {
-                    break;
-                }
+            let mut rounds = vec![check(kernel)?];
+            let mut outcomes = combine(&rounds);
+            while self.guest.is_live() && rounds.len() < ROUNDS && !outcomes.iter().all(is_sound) {
                 thread::sleep(PAUSE);
-                retain(&mut outcomes, check(kernel)?);
+                rounds.push(check(kernel)?);
+                outcomes = combine(&rounds);
             }
             let values = match self.lstar {
                 Some(lstar) => Ok(vec![("MSR_LSTAR".to_owned(), lstar)]),

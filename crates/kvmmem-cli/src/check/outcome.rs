@@ -58,26 +58,42 @@ pub(super) fn is_sound((_, report): &Outcome) -> bool {
         .is_ok_and(|report| report.as_ref().is_none_or(|report| report.findings.is_empty()))
 }
 
-/// Keeps what was found now as well.
-pub(super) fn retain(outcomes: &mut [Outcome], now: Vec<Outcome>) {
-    for ((_, before), (_, now)) in outcomes.iter_mut().zip(now) {
-        match (&mut *before, now) {
-            (Ok(Some(before)), Ok(Some(now))) => {
-                before.findings.retain(|finding| now.findings.contains(finding));
+/// What came of the checks of one guest in all `rounds`: what was found each time. Findings of a
+/// single round are not confirmed where the other rounds failed; such a check was not checked.
+pub(super) fn combine(rounds: &[Vec<Outcome>]) -> Vec<Outcome> {
+    let of_check = |(number, (check, _)): (usize, &Outcome)| {
+        let reports = || rounds.iter().filter_map(|round| round.get(number)).map(|(_, it)| it);
+        let reason = reports().filter_map(|report| report.as_ref().err()).next_back();
+        let mut sound = reports().filter_map(|report| report.as_ref().ok());
+        let report = match (sound.next().cloned(), reason) {
+            (Some(Some(mut report)), reason) => {
+                let others: Vec<&Report> = sound.flatten().collect();
+                report
+                    .findings
+                    .retain(|finding| others.iter().all(|other| other.findings.contains(finding)));
+                match reason.filter(|_| others.is_empty() && !report.findings.is_empty()) {
+                    Some(reason) => Err(format!("what it found could not be confirmed: {reason}")),
+                    None => Ok(Some(report)),
+                }
             }
-            // Memory that could be read now was not damaged.
-            (Err(_), now) => *before = now,
-            _ => {}
-        }
-    }
+            (None, Some(reason)) => Err(reason.clone()),
+            _ => Ok(None),
+        };
+        (*check, report)
+    };
+    rounds.first().into_iter().flatten().enumerate().map(of_check).collect()
 }
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::slice::from_ref;
+
     use kvmmem_client::admin::VcpuRegisters;
     use kvmmem_linux::integrity::Finding;
 
     use super::*;
+
+    const REASON: &str = "cannot read gva 0x1000";
 
     pub(in crate::check) fn hidden(name: &str) -> Finding {
         let (found, missing) = ("the table of pids", "the lists of tasks");
@@ -122,18 +138,36 @@ pub(super) mod tests {
         let outcome = |findings| {
             vec![("tasks", Ok(Some(Report { examined: 3, findings }))), ("dispatcher", Ok(None))]
         };
-        let mut outcomes = outcome(vec![hidden("process 1 (a)"), hidden("process 2 (b)")]);
-        retain(&mut outcomes, outcome(vec![hidden("process 3 (c)"), hidden("process 2 (b)")]));
-        assert_eq!(outcomes, outcome(vec![hidden("process 2 (b)")]));
-        assert!(!is_sound(&outcomes[0]) && is_sound(&outcomes[1]));
-        retain(&mut outcomes, outcome(Vec::new()));
-        assert!(is_sound(&outcomes[0]));
-        let damaged = || vec![("tasks", Err("cannot read gva 0x1000".to_owned()))];
-        let mut outcomes = damaged();
-        assert!(!is_sound(&outcomes[0]));
-        retain(&mut outcomes, outcome(Vec::new()));
-        assert!(is_sound(&outcomes[0]));
-        retain(&mut outcomes, damaged());
-        assert!(is_sound(&outcomes[0]));
+        let first = outcome(vec![hidden("process 1 (a)"), hidden("process 2 (b)")]);
+        let second = outcome(vec![hidden("process 3 (c)"), hidden("process 2 (b)")]);
+        assert_eq!(combine(from_ref(&first)), first);
+        let both = combine(&[first.clone(), second.clone()]);
+        assert_eq!(both, outcome(vec![hidden("process 2 (b)")]));
+        assert!(!is_sound(&both[0]) && is_sound(&both[1]));
+        let sound = outcome(Vec::new());
+        assert_eq!(combine(&[first, second, sound.clone()]), sound);
+        let damaged = vec![("tasks", Err(REASON.to_owned())), ("dispatcher", Ok(None))];
+        assert_eq!(combine(from_ref(&damaged)), damaged);
+        for rounds in [[damaged.clone(), sound.clone()], [sound.clone(), damaged]] {
+            assert_eq!(combine(&rounds), sound);
+        }
+    }
+
+    #[test]
+    fn what_is_found_in_one_round_alone_is_not_confirmed() {
+        let found =
+            || vec![("tasks", Ok(Some(Report { examined: 3, findings: vec![hidden("a")] })))];
+        let damaged = || vec![("tasks", Err(REASON.to_owned()))];
+        let reason = format!("what it found could not be confirmed: {REASON}");
+        for rounds in [
+            [found(), damaged(), damaged()],
+            [damaged(), found(), damaged()],
+            [damaged(), damaged(), found()],
+        ] {
+            assert_eq!(combine(&rounds), [("tasks", Err(reason.clone()))]);
+        }
+        for rounds in [[found(), damaged(), found()], [damaged(), found(), found()]] {
+            assert_eq!(combine(&rounds), found());
+        }
     }
 }
