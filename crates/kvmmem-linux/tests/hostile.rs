@@ -194,3 +194,46 @@ fn forged_notes_are_told_by_their_symbols_or_reported() {
     let find = Find { note: Some(Place::FIRST.note), ..Find::default() };
     assert_eq!(Kernel::find(&guest, find).unwrap().note().gpa, Some(Place::FIRST.note));
 }
+
+/// A kernel in the last GiB, whose note lacks the places of the symbols.
+const LAST: Place =
+    Place { gva: 0xffff_ffff_c020_0000, layout: Layout::BeforeNames, ..Place::FIRST };
+
+/// Where the last 2 MiB of its addresses lead, and where they end.
+const TOP: std::ops::Range<u64> = 0xc0_0000..0xe0_0000;
+
+/// The kernel, with its last 2 MiB of addresses mapped.
+fn mapped_to_the_top() -> Guest {
+    let guest = Guest::with(&[LAST]);
+    guest.put_word(LAST.gpa + PAGE_TABLES + 0x2000 + 511 * 8, TOP.start | 0x83);
+    guest
+}
+
+fn address_of(guest: &Guest, name: &str) -> Option<u64> {
+    let find = Find { note: Some(LAST.note), ..Find::default() };
+    Kernel::find(guest, find).unwrap().symbol(name).ok()
+}
+
+/// There is no address after the last: a search for symbols ends there.
+#[test]
+fn a_search_for_symbols_ends_at_the_last_address() {
+    let guest = mapped_to_the_top();
+    assert_eq!(address_of(&guest, "_stext"), Some(LAST.gva));
+    // What looks like the table of tokens ends there, so that its index lies nowhere.
+    guest.put(LAST.gpa + KALLSYMS, &vec![0; usize::try_from(BTF - KALLSYMS).unwrap()]);
+    let tokens = [&[0; 49][..], b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00", &[0; 198]];
+    let tokens = tokens.concat();
+    guest.put(TOP.end - tokens.len() as u64, &tokens);
+    assert_eq!(address_of(&guest, "_stext"), None);
+}
+
+#[test]
+fn symbols_that_end_at_the_last_address_are_read() {
+    let guest = mapped_to_the_top();
+    let tables = guest.bytes(LAST.gpa + KALLSYMS, usize::try_from(BTF - KALLSYMS).unwrap());
+    let end = tables.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    guest.put(LAST.gpa + KALLSYMS, &vec![0; tables.len()]);
+    assert_eq!(address_of(&guest, "_stext"), None);
+    guest.put(TOP.end - end as u64, &tables[..end]);
+    assert_eq!(address_of(&guest, "_stext"), Some(LAST.gva));
+}

@@ -84,11 +84,15 @@ fn places(space: &Space<'_>, start: u64) -> Vec<u64> {
         let len = usize::try_from(STEP - at % STEP).unwrap_or(PAGE_SIZE) + DIGITS.len();
         let bytes = read_some(space, at, len).unwrap_or_default();
         places.extend(memchr::memmem::find_iter(&bytes, DIGITS).map(|offset| at + offset as u64));
-        let next = at.saturating_add(bytes.len() as u64);
         at = if bytes.len() == len {
-            next - DIGITS.len() as u64
+            at.saturating_add((len - DIGITS.len()) as u64)
         } else {
-            next.max(at + 1).next_multiple_of(PAGE_SIZE as u64)
+            // There may be no address after the last that was read.
+            let next = at.saturating_add((bytes.len() as u64).max(1));
+            match next.checked_next_multiple_of(PAGE_SIZE as u64) {
+                Some(next) => next,
+                None => break,
+            }
         };
     }
     places.dedup();
@@ -109,7 +113,9 @@ fn tokens(space: &Space<'_>, digits: u64) -> Option<(u64, u64)> {
         starts.extend(u16::try_from(end).ok()?.to_le_bytes());
         end += memchr::memchr(0, bytes.get(end..)?)? + 1;
     }
-    let mut indices = [4, 8].into_iter().map(|align| (table + end as u64).next_multiple_of(align));
+    // Tables may end at the last address.
+    let end = table.checked_add(end as u64)?;
+    let mut indices = [4, 8].into_iter().filter_map(|align| end.checked_next_multiple_of(align));
     let index = indices
         .find(|gva| read_some(space, *gva, INDEX_BYTES).is_some_and(|index| index == starts))?;
     Some((table, index))
@@ -237,17 +243,16 @@ impl Tables {
     fn with_offsets(self, number: u64) -> impl Iterator<Item = Self> {
         let bytes = 4 * u64::from(self.count);
         let before = number.saturating_sub(8);
-        let after = self.token_index + INDEX_BYTES as u64;
+        let after = self.token_index.checked_add(INDEX_BYTES as u64);
+        let base = after.and_then(|after| after.checked_add(bytes)?.checked_next_multiple_of(8));
+        let offsets = before.saturating_sub(bytes.next_multiple_of(8));
         [
-            Self {
-                offsets: before.saturating_sub(bytes.next_multiple_of(8)),
-                base: Some(before),
-                ..self
-            },
-            Self { offsets: after, base: Some((after + bytes).next_multiple_of(8)), ..self },
-            Self { offsets: after, base: None, ..self },
+            Some(Self { offsets, base: Some(before), ..self }),
+            after.zip(base).map(|(offsets, base)| Self { offsets, base: Some(base), ..self }),
+            after.map(|offsets| Self { offsets, base: None, ..self }),
         ]
         .into_iter()
+        .flatten()
     }
 }
 
