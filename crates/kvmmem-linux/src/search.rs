@@ -87,9 +87,10 @@ pub(crate) fn pages<const N: usize, T: Send>(
     pick: impl Fn(u64, &[u8; N]) -> Option<T> + Sync,
     take: impl FnMut(Vec<T>) -> bool + Send,
 ) -> Result<(), MemoryError> {
-    let parts = memory.data().flat_map(|data| match data {
-        Ok(data) => parts(data).map(Ok).collect(),
-        Err(error) => vec![Err(error)],
+    let parts = memory.data().flat_map(|data| {
+        let (data, error) =
+            data.map_or_else(|error| (None, Some(error)), |data| (Some(data), None));
+        data.into_iter().flat_map(parts).map(Ok).chain(error.map(Err))
     });
     // Locked by one thread at a time, and never both.
     let (parts, search) = (Mutex::new(parts), Mutex::new((take, None)));

@@ -11,6 +11,7 @@ use kvmmem_linux::identity::Identity;
 use kvmmem_linux::log;
 use kvmmem_linux::search::Notes;
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
+use kvmmem_memory::{Memory, MemoryError, Range};
 use proptest::prelude::*;
 
 /// All that a tool does with a kernel, which it finds by its note or by its page tables.
@@ -236,4 +237,25 @@ fn symbols_that_end_at_the_last_address_are_read() {
     assert_eq!(address_of(&guest, "_stext"), None);
     guest.put(TOP.end - end as u64, &tables[..end]);
     assert_eq!(address_of(&guest, "_stext"), Some(LAST.gva));
+}
+
+/// Memory of 4 EiB, all of it data.
+struct Endless;
+
+impl Memory for Endless {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        buf.fill(0);
+        Ok(())
+    }
+
+    fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+        Ok(vec![Range { gpa: 0, len: 1 << 62 }])
+    }
+}
+
+/// A dump that says that it is huge costs the search no memory.
+#[test]
+fn a_search_needs_no_memory_for_what_follows() {
+    let notes = Notes::find(&Endless, |_| false).unwrap();
+    assert_eq!((notes.count, notes.is_cut), (0, false));
 }
