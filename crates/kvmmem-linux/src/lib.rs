@@ -53,6 +53,7 @@ pub mod log;
 pub mod maps;
 pub mod modules;
 pub mod mounts;
+mod name_index;
 mod paths;
 pub mod process;
 pub mod search;

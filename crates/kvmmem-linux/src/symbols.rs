@@ -16,7 +16,6 @@ mod tables;
 use crate::space::Space;
 use crate::vmcoreinfo::{KERNEL_MAP, Note};
 pub use error::TableError;
-pub(crate) use index::hash;
 pub use index::{Symbol, Symbols};
 pub(crate) use tables::Addresses;
 

@@ -259,3 +259,19 @@ fn a_search_needs_no_memory_for_what_follows() {
     let notes = Notes::find(&Endless, |_| false).unwrap();
     assert_eq!((notes.count, notes.is_cut), (0, false));
 }
+
+/// Names that are the same, in any number, do not make look-ups slow: some of them count.
+#[test]
+fn of_names_that_are_the_same_a_look_up_takes_some() {
+    let guest = Guest::default();
+    let same = (0..5000).map(|n| ('t', "same".to_owned(), Place::FIRST.gva + 0x1000 + n / 4999));
+    guest.boot_with(&Place::FIRST, &common::btf::kernel(), same.collect());
+    let kernel = Kernel::find(&guest, Find::default()).unwrap();
+    let symbols = kernel.symbols().unwrap();
+    assert_eq!(symbols.all("same").count(), 4096);
+    assert_eq!(symbols.at_address(Place::FIRST.gva + 0x1000).count(), 4096);
+    let mut btf = common::btf::Builder::default();
+    (0..5000).for_each(|_| _ = btf.int("same", 4));
+    btf.structure(4, "same", 8, &[]);
+    assert_eq!(Types::parse(btf.build()).unwrap().find("same"), Some(1));
+}

@@ -2,7 +2,7 @@
 //! The kernel's types, with an index by name.
 
 use super::layout::{BtfError, HEADER, Header, Kind, Reader};
-use crate::symbols::hash;
+use crate::name_index::{MAX_SAME, NameIndex};
 
 /// The number of a type. 0 is void.
 pub type TypeId = u32;
@@ -26,9 +26,8 @@ pub struct Types {
     header: Header,
     /// Where each type begins in the blob; the first is that of type 1.
     starts: Vec<u32>,
-    /// Hash of the name in the upper half, type in the lower; ascending. Only types by whose names
-    /// something is looked up.
-    by_name: Vec<u64>,
+    /// Only types by whose names something is looked up.
+    by_name: NameIndex,
 }
 
 impl Types {
@@ -65,8 +64,8 @@ impl Types {
     /// [`BtfError`].
     pub fn parse(blob: Vec<u8>) -> Result<Self, BtfError> {
         let header = Header::parse(&blob)?;
-        let mut types = Self { blob, header, starts: Vec::new(), by_name: Vec::new() };
-        let (mut at, end) = types.header.types();
+        let mut types = Self { blob, header, starts: Vec::new(), by_name: NameIndex::default() };
+        let (mut by_name, (mut at, end)) = (NameIndex::default(), types.header.types());
         if end > types.blob.len() || types.header.strings().1 > types.blob.len() {
             return Err(BtfError::Malformed("its length"));
         }
@@ -75,16 +74,17 @@ impl Types {
             let (start, id) = (u32::try_from(at), types.starts.len() as u64 + 1);
             let name =
                 if reader.kind().is_looked_up() { types.string(reader.name_offset()) } else { b"" };
-            let named = (!name.is_empty()).then(|| u64::from(hash(name)) << 32 | id);
+            if let (Ok(id), false) = (u32::try_from(id), name.is_empty()) {
+                by_name.add(name, id);
+            }
             at += reader.len().ok_or_else(|| BtfError::Kind { id, kind: reader.kind_number() })?;
             types.starts.push(start.map_err(|_| BtfError::Malformed("its length"))?);
-            types.by_name.extend(named);
         }
         if at != end {
             return Err(BtfError::Malformed("a type passes its end"));
         }
-        types.by_name.sort_unstable();
-        Ok(types)
+        by_name.sort();
+        Ok(Self { by_name, ..types })
     }
 
     /// How many types there are.
@@ -97,14 +97,11 @@ impl Types {
         self.starts.is_empty()
     }
 
-    /// The structure, union, enumeration, typedef or base type with this name; of several, a
-    /// structure or union first.
+    /// The structure, union, enumeration, typedef or base type with this name; of several, at most
+    /// 4,096, a structure or union first.
     pub fn find(&self, name: &str) -> Option<TypeId> {
-        let wanted = u64::from(hash(name.as_bytes()));
-        let first = self.by_name.partition_point(|entry| entry >> 32 < wanted);
-        let same = self.by_name.iter().skip(first).take_while(|entry| *entry >> 32 == wanted);
-        let ids = same.filter_map(|entry| u32::try_from(entry & u64::from(u32::MAX)).ok());
-        let ids = ids.filter(|id| self.name(*id) == name.as_bytes());
+        let ids = self.by_name.candidates(name.as_bytes());
+        let ids = ids.filter(|id| self.name(*id) == name.as_bytes()).take(MAX_SAME);
         ids.min_by_key(|id| {
             let kind = self.get(*id).map(|reader| reader.kind());
             (!matches!(kind, Some(Kind::Struct | Kind::Union)), *id)

@@ -4,6 +4,7 @@
 use std::sync::OnceLock;
 
 use super::names::{MAX_NAME, Names};
+use crate::name_index::{MAX_SAME, NameIndex};
 
 /// A symbol.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,22 +23,20 @@ pub struct Symbol {
 pub struct Symbols {
     pub(super) names: Names,
     pub(super) addresses: Vec<u64>,
-    /// Hash of the name in the upper half, number in the lower; ascending.
-    by_name: Vec<u64>,
+    by_name: NameIndex,
     /// Numbers by ascending address, made when it is first needed.
     by_address: OnceLock<Vec<u32>>,
 }
 
 impl Symbols {
     pub(super) fn new(names: Names) -> Self {
-        let mut by_name = Vec::with_capacity(names.len());
-        let mut name = Vec::with_capacity(MAX_NAME);
-        for index in 0..names.len() {
+        let (mut by_name, mut name) = (NameIndex::default(), Vec::with_capacity(MAX_NAME));
+        for (number, index) in (0..).zip(0..names.len()) {
             if names.expand(index, &mut name).is_some() {
-                by_name.push(u64::from(hash(&name)) << 32 | index as u64);
+                by_name.add(&name, number);
             }
         }
-        by_name.sort_unstable();
+        by_name.sort();
         Self { names, addresses: Vec::new(), by_name, by_address: OnceLock::new() }
     }
 
@@ -57,7 +56,7 @@ impl Symbols {
         self.all(name).next()
     }
 
-    /// The addresses of all symbols with this name.
+    /// The addresses of all symbols with this name, at most 4,096.
     pub fn all(&self, name: &str) -> impl Iterator<Item = u64> {
         self.numbers(name).filter_map(|index| self.addresses.get(index).copied())
     }
@@ -72,12 +71,12 @@ impl Symbols {
         self.symbol(*order.get(first)? as usize)
     }
 
-    /// The symbols at `address`: a function can have several names.
+    /// The symbols at `address`, at most 4,096: a function can have several names.
     pub fn at_address(&self, address: u64) -> impl Iterator<Item = Symbol> {
         let order = self.by_address();
         let first = order.partition_point(|index| self.at(*index) < address);
         let same = order.iter().skip(first).take_while(move |index| self.at(**index) == address);
-        same.filter_map(|index| self.symbol(*index as usize))
+        same.take(MAX_SAME).filter_map(|index| self.symbol(*index as usize))
     }
 
     /// The lowest address of a symbol above `address`.
@@ -111,26 +110,13 @@ impl Symbols {
         Some(Symbol { name, kind, address: *self.addresses.get(index)? })
     }
 
-    /// The numbers of the symbols with this name, ascending.
+    /// The numbers of the symbols with this name, ascending, at most [`MAX_SAME`].
     pub(super) fn numbers(&self, name: &str) -> impl Iterator<Item = usize> {
-        let wanted = hash(name.as_bytes());
-        let first = self.by_name.partition_point(|entry| entry >> 32 < u64::from(wanted));
-        let same = self
-            .by_name
-            .iter()
-            .skip(first)
-            .take_while(move |entry| *entry >> 32 == u64::from(wanted));
         let mut found = Vec::new();
-        same.map(|entry| usize::try_from(entry & u64::from(u32::MAX)).unwrap_or(usize::MAX)).filter(
-            move |index| {
-                self.names.expand(*index, &mut found).is_some() && found == name.as_bytes()
-            },
-        )
+        let candidates = self.by_name.candidates(name.as_bytes()).map(|index| index as usize);
+        let same = candidates.filter(move |index| {
+            self.names.expand(*index, &mut found).is_some() && found == name.as_bytes()
+        });
+        same.take(MAX_SAME)
     }
-}
-
-/// FNV-1a. A guest can make names collide: a look-up then compares more names, at most all.
-pub(crate) fn hash(name: &[u8]) -> u32 {
-    name.iter()
-        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
