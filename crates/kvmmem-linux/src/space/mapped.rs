@@ -2,12 +2,16 @@
 //! All that a process has in memory, by its page tables: for searches and dumps of it as a whole.
 
 use kvmmem_memory::paging::{Absent, Entry};
-use kvmmem_memory::{MemoryError, PAGE_SIZE};
+use kvmmem_memory::{MemoryError, PAGE_SIZE, Range};
 
 use super::guest_space::{ENTRY, Space};
 
 /// The most page tables of one process: 128 GiB of small pages.
 const MAX_TABLES: usize = 1 << 16;
+
+/// The most parts of pages that lie in RAM. A page has one, unless RAM has a hole there: these are as
+/// many as there are pages in so many tables, and what is in memory takes at most 800 MB.
+const MAX_PARTS: usize = MAX_TABLES * PAGE_SIZE / ENTRY;
 
 /// Bits 12 to 51 of an entry.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -52,29 +56,34 @@ impl Space<'_> {
     pub fn mapped(&self) -> Result<Vec<Extent>, MappedError> {
         let table = |source| MappedError::Table { gpa: self.root.cr3 & ADDRESS, source };
         let ram = self.memory.ranges().map_err(table)?;
-        let ram: Vec<(u64, u64)> = ram.iter().map(|range| (range.gpa, range.end())).collect();
+        self.mapped_to(&ram, MAX_PARTS).map(|(extents, _)| extents)
+    }
+
+    /// The same, where this is RAM; and how many of the parts are left.
+    fn mapped_to(
+        &self,
+        ram: &[Range],
+        parts_left: usize,
+    ) -> Result<(Vec<Extent>, usize), MappedError> {
         // Pages may be mapped more than once, that of zeros for example.
-        let total: u64 = ram.iter().map(|(start, end)| end - start).sum();
-        let mut walk = Walk {
-            space: self,
-            ram,
-            extents: Vec::new(),
-            tables: 0,
-            left: total.saturating_mul(4),
-        };
+        let total = ram.iter().fold(0u64, |sum, range| sum.saturating_add(range.len));
+        let (extents, left) = (Vec::new(), total.saturating_mul(4));
+        let mut walk = Walk { space: self, ram, extents, tables: 0, left, parts_left };
         walk.table(self.root.cr3 & ADDRESS, self.levels().count(), 0)?;
-        Ok(walk.extents)
+        Ok((walk.extents, walk.parts_left))
     }
 }
 
 struct Walk<'a, 'm> {
     space: &'a Space<'m>,
-    /// First addresses of RAM, and its ends.
-    ram: Vec<(u64, u64)>,
+    /// RAM: disjoint, ascending.
+    ram: &'a [Range],
     extents: Vec<Extent>,
     tables: usize,
     /// How many bytes may follow.
     left: u64,
+    /// How many ranges of RAM may be looked at.
+    parts_left: usize,
 }
 
 impl Walk<'_, '_> {
@@ -121,9 +130,15 @@ impl Walk<'_, '_> {
 
     fn page(&mut self, gva: u64, gpa: u64, len: u64) -> Result<(), MappedError> {
         let Some(end) = gpa.checked_add(len) else { return Ok(()) };
-        let parts = self.ram.iter().map(|(start, stop)| (gpa.max(*start), end.min(*stop)));
-        for (start, stop) in parts.filter(|(start, stop)| start < stop) {
-            let part = Extent { gva: gva + (start - gpa), gpa: start, len: stop - start };
+        let first = self.ram.partition_point(|range| range.end() <= gpa);
+        let ram = self.ram.get(first..).unwrap_or_default();
+        for range in ram.iter().take_while(|range| range.gpa < end) {
+            self.parts_left = self.parts_left.checked_sub(1).ok_or(MappedError::TooMany)?;
+            let start = gpa.max(range.gpa);
+            let Some(len) = end.min(range.end()).checked_sub(start).filter(|len| *len > 0) else {
+                continue;
+            };
+            let part = Extent { gva: gva + (start - gpa), gpa: start, len };
             self.left = self.left.checked_sub(part.len).ok_or(MappedError::TooMany)?;
             match self.extents.last_mut() {
                 Some(last)
@@ -141,7 +156,6 @@ impl Walk<'_, '_> {
 #[cfg(test)]
 mod tests {
     use kvmmem_memory::Memory;
-    use kvmmem_memory::Range;
     use kvmmem_memory::paging::{AddressSpace, Levels};
 
     use super::*;
@@ -214,5 +228,37 @@ mod tests {
         ));
         let error = mapped(Levels::Four, &[(0x1000, 0, 0x7f00_0007)]).unwrap_err();
         assert!(matches!(error, MappedError::Table { gpa: 0x7f00_0000, .. }), "{error}");
+    }
+
+    /// RAM in many pieces, and a page table whose entries lead to these values.
+    fn pieces(values: impl Iterator<Item = u64>) -> (Ram, Vec<Range>) {
+        let mut ram = Ram(vec![0; 0x5000]);
+        let tables = [(0x1000, 0x2007), (0x2000, 0x3007)].into_iter();
+        for (at, value) in tables.chain((0x3000..).step_by(8).zip(values)) {
+            ram.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        (ram, (0..1 << 16).map(|number| Range { gpa: number << 13, len: 0x1000 }).collect())
+    }
+
+    fn walk(ram: &Ram, ranges: &[Range], most: usize) -> Result<(usize, usize), MappedError> {
+        let space = Space::new(ram, AddressSpace { cr3: 0x1000, levels: Levels::Four }, 0);
+        let (extents, left) = space.mapped_to(ranges, most)?;
+        Ok((extents.len(), most - left))
+    }
+
+    #[test]
+    fn a_page_costs_the_ranges_of_ram_that_it_has() {
+        // Of 2 MiB each, which have 256 ranges; all over RAM, and outside of it.
+        let (ram, ranges) = pieces((0..512).map(|number| number << 22 | 0x87));
+        assert_eq!(walk(&ram, &ranges, MAX_PARTS).unwrap(), (128 * 256, 128 * 256));
+    }
+
+    #[test]
+    fn what_is_in_memory_has_a_limited_number_of_parts() {
+        let (ram, mut ranges) = pieces((0..512).map(|_| 0x87));
+        // As a dump of a file with a hole may say: the bytes alone are no limit.
+        ranges.push(Range { gpa: 1 << 40, len: 1 << 45 });
+        assert_eq!(walk(&ram, &ranges, 512 * 256).unwrap().1, 512 * 256);
+        assert!(matches!(walk(&ram, &ranges, 512 * 256 - 1), Err(MappedError::TooMany)));
     }
 }
