@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvmmem_linux::Kernel;
+use kvmmem_linux::KernelError::TooMuch;
 use kvmmem_linux::files::{Files, OpenFile};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
@@ -98,8 +99,15 @@ impl Arguments {
                 }
                 Err(error) if error.is_local() && self.pid.len() != 1 => cut += 1,
                 Err(error) => {
-                    return Err(error)
-                        .with_context(|| format!("cannot list the files of process {}", task.pid));
+                    let remedy = match error {
+                        TooMuch { .. } if self.pid.len() != 1 => {
+                            "; list single processes with --pid"
+                        }
+                        _ => "",
+                    };
+                    return Err(error).with_context(|| {
+                        format!("cannot list the files of process {}{remedy}", task.pid)
+                    });
                 }
             }
         }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 use kvmmem_linux::Kernel;
+use kvmmem_linux::KernelError::TooMuch;
 use kvmmem_linux::maps::{Mapping, Maps, MemoryMap};
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use serde::Serialize;
@@ -122,8 +123,14 @@ impl Arguments {
                 }
                 Err(error) if error.is_local() && self.pids.len() != 1 => cut += 1,
                 Err(error) => {
+                    let remedy = match error {
+                        TooMuch { .. } if self.pids.len() != 1 => {
+                            "; list single processes by their PID"
+                        }
+                        _ => "",
+                    };
                     return Err(error).with_context(|| {
-                        format!("cannot list the mappings of process {}", task.pid)
+                        format!("cannot list the mappings of process {}{remedy}", task.pid)
                     });
                 }
             }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Open files, as /proc/PID/fd shows them.
 
-use std::cell::Cell;
-
+use crate::budget::{Budget, LISTING};
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::{FilePath, Paths};
@@ -12,9 +11,9 @@ use crate::tasks::Task;
 /// can do).
 const MAX_FDS: u32 = 1 << 20;
 
-/// The most bytes of paths of all files together. Descriptors may share a file, so that a few
-/// megabytes of the guest's could name any number of long paths.
-const MAX_ALL_PATHS: usize = 64 << 20;
+/// What the files of all tasks together may take: each its size and its path, each table the bits
+/// of its descriptors.
+const LIMIT: &str = "1 GiB of open files, or the limit that was set";
 
 /// Reads of a file that changes.
 const TRIES: u32 = 3;
@@ -68,7 +67,7 @@ pub struct Files<'a> {
     f_dentry: u64,
     f_flags: u64,
     f_pos: u64,
-    paths_left: Cell<usize>,
+    budget: Budget,
 }
 
 impl<'a> Files<'a> {
@@ -93,15 +92,24 @@ impl<'a> Files<'a> {
             f_dentry: file("f_path.dentry")?,
             f_flags: file("f_flags")?,
             f_pos: file("f_pos")?,
-            paths_left: Cell::new(MAX_ALL_PATHS),
+            budget: Budget::new(LISTING, LIMIT),
         })
+    }
+
+    /// The same with another limit, in bytes, of what the files of all tasks take. Their paths lead
+    /// through as many directories and mounts at most.
+    #[must_use]
+    pub fn with_limit(self, bytes: usize) -> Self {
+        let paths = self.paths.with_limit(bytes);
+        Self { budget: Budget::new(bytes, LIMIT), paths, ..self }
     }
 
     /// The files of a task; none of one that has ended, or that is the kernel's. Files that are
     /// closed meanwhile are left out.
     ///
     /// # Errors
-    /// [`KernelError`]: the table of descriptors cannot be found, or the paths of all tasks so far are more than 64 MiB.
+    /// [`KernelError`]: the table of descriptors cannot be found; [`KernelError::TooMuch`] where the
+    /// files of all tasks so far take more than 1 GiB.
     pub fn of(&self, task: &Task) -> Result<OpenFiles, KernelError> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
         let files = word(task.gva, self.files)?;
@@ -118,9 +126,11 @@ impl<'a> Files<'a> {
         if count == 0 {
             return Err(malformed(table));
         }
+        self.budget.take(count.div_ceil(8) as usize)?;
         let (open, lost) = self.descriptors(task, table, array, count);
         let mut found = OpenFiles::default();
         for (fd, gva) in open {
+            self.budget.take(size_of::<OpenFile>())?;
             let file = self.file(fd, gva);
             // A file that was closed meanwhile is left out: its memory may hold something else.
             let is_there = word(array, u64::from(fd) * 8).is_ok_and(|now| now == gva);
@@ -215,9 +225,7 @@ impl<'a> Files<'a> {
                 break;
             }
         }
-        let left = self.paths_left.get().checked_sub(file.path.text.len() + 1);
-        self.paths_left
-            .set(left.ok_or(KernelError::TooMuch { what: "64 MiB of open files' paths" })?);
+        self.budget.take(file.path.text.len())?;
         Ok(file)
     }
 

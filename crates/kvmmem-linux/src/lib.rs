@@ -44,6 +44,7 @@
 #![deny(unsafe_code)]
 
 pub mod btf;
+mod budget;
 mod bytes;
 pub mod files;
 pub mod identity;

@@ -9,17 +9,16 @@ mod area;
 mod mapping;
 mod tree;
 
-use std::cell::Cell;
-
+use crate::budget::{Budget, LISTING};
 use crate::kernel::{Kernel, KernelError};
 use crate::tasks::Task;
 use area::{Areas, is_page};
 pub use mapping::{MappedFile, Mapping};
 use tree::{Entry, MAX_AREAS, Tree};
 
-/// The most bytes of paths of all processes together: areas may share a file, so that a few
-/// megabytes of the guest's could name any number of long paths.
-const MAX_ALL_PATHS: usize = 64 << 20;
+/// What the mappings of all processes together may take: each its size and its path or label, each
+/// node of a tree its slots.
+const LIMIT: &str = "1 GiB of mappings, or the limit that was set";
 
 /// Walks of a map that changes.
 const TRIES: u32 = 3;
@@ -59,7 +58,7 @@ pub struct Maps<'a> {
     map_count: u64,
     /// References to the memory of a process, which has one as long as the process has it.
     mm_count: Option<u64>,
-    paths_left: Cell<usize>,
+    budget: Budget,
 }
 
 /// Where a process has its areas.
@@ -91,22 +90,32 @@ impl<'a> Maps<'a> {
             place,
             map_count: mm("map_count")?,
             mm_count: mm("mm_count").ok(),
-            paths_left: Cell::new(MAX_ALL_PATHS),
+            budget: Budget::new(LISTING, LIMIT),
         })
+    }
+
+    /// The same with another limit, in bytes, of what the mappings of all processes take.
+    #[must_use]
+    pub fn with_limit(self, bytes: usize) -> Self {
+        Self { budget: Budget::new(bytes, LIMIT), ..self }
     }
 
     /// The map of a process; empty for one that has ended, and for the kernel's own.
     ///
     /// # Errors
-    /// [`KernelError`]; [`KernelError::TooMuch`] where the paths of all processes so far are more
-    /// than 64 MiB.
+    /// [`KernelError`]; [`KernelError::TooMuch`] where the mappings of all processes so far take
+    /// more than 1 GiB.
     pub fn of(&self, task: &Task) -> Result<MemoryMap, KernelError> {
+        let left = self.budget.left();
         let mut result = self.read(task);
         for _ in 1..TRIES {
             match &result {
                 Ok(map) if !map.is_torn && !map.is_damaged() => break,
                 Err(error) if error.is_final() => break,
-                _ => result = self.read(task),
+                _ => {
+                    self.budget.restore(left);
+                    result = self.read(task);
+                }
             }
         }
         result
@@ -128,9 +137,9 @@ impl<'a> Maps<'a> {
         let count = self.kernel.read_u32(mm.wrapping_add(self.map_count))?;
         let names = self.areas.names(mm)?;
         let mut mappings: Vec<Mapping> = Vec::new();
-        let mut bytes = 0;
         let (places, mut lost) = self.places(mm)?;
         for (gva, place) in places {
+            self.budget.take(size_of::<Mapping>())?;
             let lowest = mappings.last().map_or(0, |last| last.end);
             let mapping = match self.areas.read(gva, mm, &names) {
                 Ok(mapping)
@@ -151,14 +160,10 @@ impl<'a> Maps<'a> {
                     Mapping { start, end, is_damaged: true, ..Mapping::default() }
                 }
             };
-            bytes += mapping.file.as_ref().map_or(0, |file| file.path.text.len())
-                + mapping.label.as_ref().map_or(0, String::len);
-            if bytes > self.paths_left.get() {
-                return Err(KernelError::TooMuch { what: "64 MiB of mapped files' paths" });
-            }
+            let path = mapping.file.as_ref().map_or(0, |file| file.path.text.len());
+            self.budget.take(path + mapping.label.as_ref().map_or(0, String::len))?;
             mappings.push(mapping);
         }
-        self.paths_left.set(self.paths_left.get() - bytes);
         let is_torn = u32::try_from(mappings.len()).ok() != Some(count)
             || self.kernel.read_u32(mm.wrapping_add(self.map_count))? != count
             || self.kernel.read_u64(task.gva.wrapping_add(self.mm))? != mm;
@@ -180,7 +185,8 @@ impl<'a> Maps<'a> {
     fn places(&self, mm: u64) -> Result<(Vec<Entry>, Option<KernelError>), KernelError> {
         match &self.place {
             Place::Tree { root, tree } => {
-                Ok(tree.entries(self.kernel, self.kernel.read_u64(mm.wrapping_add(*root))?))
+                let root = self.kernel.read_u64(mm.wrapping_add(*root))?;
+                tree.entries(self.kernel, root, &self.budget)
             }
             Place::List { mmap, next } => {
                 let mut places = Vec::new();

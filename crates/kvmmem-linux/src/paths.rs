@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Paths of files, from a directory entry up to the root of its mounts (d_path() of the kernel).
 
+use crate::budget::{Budget, LISTING};
 use crate::bytes::text;
 use crate::kernel::{Kernel, KernelError};
 
 /// The most entries and mounts that a path leads through, and its longest name.
 const MAX_STEPS: usize = 4096;
 const MAX_NAME: u32 = 255;
+
+/// For errors.
+const STEPS: &str = "a billion directories and mounts of all paths, or the limit that was set";
 
 /// The longest path, bytes.
 const MAX_PATH: usize = 64 << 10;
@@ -20,6 +24,8 @@ const ANONYMOUS: u64 = 0x0904_1934;
 #[derive(Debug)]
 pub(crate) struct Paths<'a> {
     kernel: &'a Kernel<'a>,
+    /// Entries and mounts that all paths together may lead through: a mount adds nothing to a path.
+    steps: Budget,
     d_parent: u64,
     d_name: u64,
     d_name_len: u64,
@@ -96,6 +102,7 @@ impl<'a> Paths<'a> {
         let mount = |member| kernel.offset("mount", member);
         Ok(Self {
             kernel,
+            steps: Budget::new(LISTING, STEPS),
             d_parent: dentry("d_parent")?,
             d_name: dentry("d_name.name")?,
             d_name_len: dentry("d_name.len")?,
@@ -109,6 +116,11 @@ impl<'a> Paths<'a> {
             mnt_parent: mount("mnt_parent")?,
             mnt_mountpoint: mount("mnt_mountpoint")?,
         })
+    }
+
+    /// The same with another limit of steps.
+    pub(crate) fn with_limit(self, steps: usize) -> Self {
+        Self { steps: Budget::new(steps, STEPS), ..self }
     }
 
     /// The path of an entry in a mount: `vfsmount` and `dentry` of a `struct path`.
@@ -151,6 +163,7 @@ impl<'a> Paths<'a> {
         let mut names = Names::default();
         let mut at = dentry;
         loop {
+            self.steps.take(1)?;
             let parent = self.kernel.read_u64(at.wrapping_add(self.d_parent))?;
             if parent == at {
                 return Ok(names.path());
@@ -171,6 +184,7 @@ impl<'a> Paths<'a> {
         let mut mount = vfsmount.wrapping_sub(self.mnt);
         let (mut at, mut names) = (dentry, Names::default());
         for _ in 0..MAX_STEPS {
+            self.steps.take(1)?;
             if root == Some((mount.wrapping_add(self.mnt), at)) {
                 return Ok((names.path(), End::Root));
             }

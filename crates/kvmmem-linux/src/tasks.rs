@@ -10,10 +10,14 @@ mod layout;
 mod reader;
 mod task;
 
-use crate::kernel::{Kernel, KernelError, List, Step, Walk};
+use crate::kernel::{Kernel, KernelError, List, MAX_NODES, Step, Walk};
 use layout::Layout;
 use reader::Reader;
 pub use task::{Args, Task};
+
+/// The most nodes of all lists together: Linux has at most 4 million tasks (PID_MAX_LIMIT), and a
+/// leader is in two lists. Leaders may share a list of threads, each as long as a list can be.
+const MAX_TASKS: usize = 2 * MAX_NODES;
 
 /// Which tasks are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,20 +40,37 @@ pub struct TaskSteps<'a> {
     threads: Option<List<'a>>,
     /// Why those of the last leader cannot be read.
     error: Option<KernelError>,
+    /// Nodes that may follow.
+    left: usize,
     reader: Reader<'a>,
 }
 
 impl<'a> Tasks<'a> {
-    /// The tasks of a kernel.
+    /// The tasks of a kernel. [`KernelError::TooMuch`] ends them where their lists have more nodes
+    /// than twice as many tasks as Linux can have.
     ///
     /// # Errors
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>, which: Which) -> Result<Self, KernelError> {
+        Self::with_limit(kernel, which, MAX_TASKS)
+    }
+
+    /// The same with another limit of nodes. A process has one, and with [`Which::Threads`] one
+    /// more for each of its threads, its leader among them.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn with_limit(
+        kernel: &'a Kernel<'a>,
+        which: Which,
+        nodes: usize,
+    ) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
         let head = kernel.symbol("init_task")?.wrapping_add(layout.tasks);
         let leaders = kernel.list_of(head, "task_struct", "tasks")?;
         let reader = Reader::new(kernel, layout);
-        Ok(Self::of(TaskSteps { which, leaders, threads: None, error: None, reader }))
+        let (threads, error) = (None, None);
+        Ok(Self::of(TaskSteps { which, leaders, threads, error, left: nodes, reader }))
     }
 }
 
@@ -60,23 +81,19 @@ impl Step for TaskSteps<'_> {
         if let Some(error) = self.error.take() {
             return Err(error);
         }
-        let torn =
-            |(task, is_torn): (Task, bool)| Task { is_torn: task.is_torn || is_torn, ..task };
         while let Some(threads) = &mut self.threads {
-            let Some(found) = threads.next_with(|gva| self.reader.task(gva))? else {
+            let Some(task) = next(threads, &mut self.reader, &mut self.left)? else {
                 self.threads = None;
                 break;
             };
-            let task = torn(found);
             // The leader came first.
             if task.tid != task.pid {
                 return Ok(Some(task));
             }
         }
-        let Some(found) = self.leaders.next_with(|gva| self.reader.task(gva))? else {
+        let Some(task) = next(&mut self.leaders, &mut self.reader, &mut self.left)? else {
             return Ok(None);
         };
-        let task = torn(found);
         if self.which == Which::Threads {
             match self.reader.threads(task.gva) {
                 Ok(threads) => self.threads = Some(threads),
@@ -85,4 +102,18 @@ impl Step for TaskSteps<'_> {
         }
         Ok(Some(task))
     }
+}
+
+/// The next task of a list; `left` is how many nodes may follow, also those that cannot be read.
+fn next(
+    list: &mut List<'_>,
+    reader: &mut Reader<'_>,
+    left: &mut usize,
+) -> Result<Option<Task>, KernelError> {
+    let found = list.next_with(|gva| reader.task(gva));
+    if !matches!(found, Ok(None)) {
+        let what = "8 million nodes of lists of tasks, or the limit that was set";
+        *left = left.checked_sub(1).ok_or(KernelError::TooMuch { what })?;
+    }
+    Ok(found?.map(|(task, is_torn)| Task { is_torn: task.is_torn || is_torn, ..task }))
 }

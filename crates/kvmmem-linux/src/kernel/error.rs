@@ -57,7 +57,9 @@ pub enum KernelError {
         gva: u64,
     },
     /// What the guest names is more than is read.
-    #[error("the guest names more than {what}: its structures are damaged")]
+    #[error(
+        "the guest names more than {what}: its structures are damaged, or it has too much for one listing"
+    )]
     TooMuch {
         /// How much.
         what: &'static str,

@@ -6,6 +6,7 @@
 //! it is read: every slot must have a part of its node's numbers, above those of the slot before
 //! it, so that no node can be reached twice with success; depth and count are limited as well.
 
+use crate::budget::Budget;
 use crate::bytes::Bytes;
 use crate::kernel::{Kernel, KernelError};
 
@@ -86,27 +87,33 @@ impl Tree {
     }
 
     /// The entries of the tree whose root is `root` (`maple_tree.ma_root`), by ascending numbers,
-    /// and why there are not more where nodes are damaged: their entries are left out.
+    /// and why there are not more where nodes are damaged: their entries are left out. Nodes count
+    /// as entries do: there may be any number without one.
+    ///
+    /// # Errors
+    /// [`KernelError::TooMuch`], of the budget.
     pub(super) fn entries(
         &self,
         kernel: &Kernel<'_>,
         root: u64,
-    ) -> (Vec<Entry>, Option<KernelError>) {
+        budget: &Budget,
+    ) -> Result<(Vec<Entry>, Option<KernelError>), KernelError> {
         let (mut entries, mut lost) = (Vec::new(), None);
         if root == 0 {
-            return (entries, lost);
+            return Ok((entries, lost));
         }
         // A tree that is one entry has it for the number 0 alone, where no process has memory.
         if root & INTERNAL_MASK != INTERNAL || root < MIN_NODE {
-            return (entries, Some(malformed(root)));
+            return Ok((entries, Some(malformed(root))));
         }
         let mut nodes = 0;
         // Nodes whose entries come next, the last one first.
         let mut next = vec![(root, (0, u64::MAX), 1)];
         while let Some((pointer, range, depth)) = next.pop() {
+            budget.take(size_of::<Entry>())?;
             nodes += 1;
             if nodes > MAX_NODES || entries.len() > MAX_AREAS {
-                return (entries, Some(malformed(root)));
+                return Ok((entries, Some(malformed(root))));
             }
             match self.slots(kernel, pointer, range, depth) {
                 Ok((slots, true)) => {
@@ -120,7 +127,7 @@ impl Tree {
                 Err(error) => lost = lost.or(Some(error)),
             }
         }
-        (entries, lost)
+        Ok((entries, lost))
     }
 
     /// The slots of a node, and whether it is a leaf.

@@ -33,7 +33,7 @@ pub(crate) fn mount(number: u64) -> u64 {
 
 /// Where a mount has its node, and the `struct vfsmount` in it.
 pub(crate) const MOUNT_LIST: u64 = 48;
-const VFSMOUNT: u64 = 16;
+pub(crate) const VFSMOUNT: u64 = 16;
 
 /// Name and parent of each directory entry: the roots of three mounts, where two of these lie, and
 /// a file in each.

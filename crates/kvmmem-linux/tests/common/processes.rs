@@ -13,11 +13,15 @@ const OTHERS: u64 = 0x20_0000;
 pub(crate) const CRED: u64 = 0x21_0000;
 
 const USER: u64 = 0x21_1000;
+const SIGNAL: u64 = 0x21_2000;
+const THREADS: u64 = 0x22_0000;
 
 /// The flag of the kernel's own tasks.
 const PF_KTHREAD: u32 = 0x20_0000;
 
 /// Members of `struct task_struct`.
+const THREAD_NODE: u64 = 16;
+const SIGNAL_AT: u64 = 32;
 pub(crate) const PID: u64 = 40;
 pub(crate) const COMM: u64 = 56;
 const TGID: u64 = 44;
@@ -65,6 +69,27 @@ pub(crate) fn task(n: usize) -> u64 {
     }
 }
 
+/// Gives all processes the same list of this many threads.
+pub(crate) fn share_threads(guest: &Guest, count: u64) {
+    let Place { gpa, gva, .. } = Place::FIRST;
+    (1..NAMES.len()).for_each(|n| guest.put_word(gpa + task(n) + SIGNAL_AT, gva + SIGNAL));
+    let nodes: Vec<u64> =
+        [SIGNAL].into_iter().chain((0..count).map(|n| thread(n) + THREAD_NODE)).collect();
+    for (n, node) in nodes.iter().enumerate() {
+        guest.put_word(gpa + node, gva + nodes[(n + 1) % nodes.len()]);
+        guest.put_word(gpa + node + 8, gva + nodes[(n + nodes.len() - 1) % nodes.len()]);
+    }
+    for n in 0..count {
+        guest.put(gpa + thread(n) + PID, &u32::try_from(100 + n).unwrap().to_le_bytes());
+        guest.put(gpa + thread(n) + TGID, &1_u32.to_le_bytes());
+    }
+}
+
+/// Where a thread is in the image.
+pub(crate) fn thread(n: u64) -> u64 {
+    THREADS + 0x100 * n
+}
+
 /// Ends a process: takes it out of the list, and gives its memory to something else.
 pub(crate) fn end(guest: &Guest, n: usize) {
     let Place { gpa, gva, .. } = Place::FIRST;
@@ -87,8 +112,8 @@ fn types() -> Vec<u8> {
         0x100,
         &[
             ("tasks", list, 0, 0),
-            ("thread_node", list, place(16), 0),
-            ("signal", word, place(32), 0),
+            ("thread_node", list, place(THREAD_NODE), 0),
+            ("signal", word, place(SIGNAL_AT), 0),
             ("pid", int, place(PID), 0),
             ("tgid", int, place(TGID), 0),
             ("real_parent", word, place(PARENT), 0),
