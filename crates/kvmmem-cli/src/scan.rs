@@ -68,8 +68,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TEXT")]
     utf16: Vec<String>,
     /// Regular expression over bytes, in the syntax of Rust's regex crate without Unicode, for
-    /// example '[a-z]+@example\.com'; \x00 is a byte. A match has at most 4096 bytes, and the
-    /// next one begins behind it; may be given again
+    /// example '[a-z]+@example\.com'; \x00 is a byte. A match has at most 4096 bytes; the next
+    /// one begins behind it, but in gapless rows of more than 4096 bytes; may be given again
     #[arg(long, value_name = "REGEX")]
     regex: Vec<String>,
     /// File of patterns: NAME hex|text|utf16|regex PATTERN a line, # before a comment; may be
