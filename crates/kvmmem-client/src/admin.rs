@@ -3,6 +3,7 @@
 //! command line uses it.
 
 use std::path::Path;
+use std::time::Duration;
 
 pub use kvmmem_kvmi::token::Token;
 use kvmmem_proto::client::{self, ClientError};
@@ -49,6 +50,14 @@ impl Admin {
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let socket = client::connect(path)?;
         Ok(Self { socket, buffer: PacketBuffer::default(), last_request: 0 })
+    }
+
+    /// Waits this long for each answer from now on, in place of 5 s.
+    ///
+    /// # Errors
+    /// [`ClientError::Packet`] where the system refuses.
+    pub fn limit_answers(&mut self, limit: Duration) -> Result<(), ClientError> {
+        Ok(self.socket.limit_receive(Some(limit))?)
     }
 
     /// The registered VMs.

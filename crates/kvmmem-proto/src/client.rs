@@ -35,7 +35,7 @@ pub enum ClientError {
     #[error("the broker gave no answer")]
     NoAnswer,
     /// The broker did not answer in time.
-    #[error("the broker has not answered for {LIMIT:?}; its log says more")]
+    #[error("the broker has not answered in time; its log says more")]
     Silent,
     /// The broker refused.
     #[error("{message}")]
