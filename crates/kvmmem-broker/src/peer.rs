@@ -22,7 +22,6 @@ use rustix::io::Errno;
 
 use crate::audit::limits::Limits;
 use crate::core::effect::Push;
-use crate::core::limits::KVMI_LIFETIME;
 use crate::outbox::{Outbox, Packet, QueueHead, Sending};
 use crate::ram::Ram;
 use crate::sync::lock;
@@ -319,12 +318,12 @@ fn message(push: &Push) -> FromBroker {
             generation: layout.generation,
             regions: layout.regions(),
         },
-        Push::Granted { token, opened } => FromBroker::Granted {
+        Push::Granted { token, opened, lifetime } => FromBroker::Granted {
             token: token.clone(),
             grant: opened.grant,
             target: opened.target,
             scope: opened.scope.clone(),
-            expires_in_ms: u64::try_from(KVMI_LIFETIME.as_millis()).unwrap_or(0),
+            expires_in_ms: u64::try_from(lifetime.as_millis()).unwrap_or(0),
         },
         Push::Revoke { grant } => FromBroker::Revoke { grant: *grant },
         Push::Gone { target } => FromBroker::Gone { target: *target },

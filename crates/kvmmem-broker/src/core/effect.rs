@@ -2,6 +2,7 @@
 //! What the broker does once the core has decided and its lock is released.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::message::VmIdentity;
@@ -26,7 +27,7 @@ pub(crate) enum Push {
     /// A target, with the files of its RAM, before the first use of its number.
     Target { target: u64, introduction: u64, identity: Arc<VmIdentity>, layout: Arc<Layout> },
     /// A token for the peer.
-    Granted { token: Token, opened: Access },
+    Granted { token: Token, opened: Access, lifetime: Duration },
     /// A grant was revoked.
     Revoke { grant: u64 },
     /// A target is gone.

@@ -58,6 +58,8 @@ pub struct Limits {
     pub silence: Duration,
     /// How long a revocation waits for confirmations.
     pub confirmation: Duration,
+    /// How long a token lives that KVMI makes.
+    pub kvmi_lifetime: Duration,
 }
 
 impl Default for Limits {
@@ -71,6 +73,7 @@ impl Default for Limits {
             policies: Bound::of(MAX_POLICIES),
             silence: Duration::from_secs(10),
             confirmation: Duration::from_secs(2),
+            kvmi_lifetime: KVMI_LIFETIME,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! The core's state, and what changes it besides the calls of peers.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::message::Refusal;
@@ -30,6 +30,8 @@ pub(crate) struct Core {
     pub(crate) hooks: Quota,
     /// Channels for copies, of all views.
     pub(crate) channels: Quota,
+    /// How long a token lives that KVMI makes.
+    pub(super) kvmi_lifetime: Duration,
     pub(super) effects: Vec<Effect>,
 }
 
@@ -43,6 +45,7 @@ impl Core {
             revocations: Revocations::default(),
             hooks: Quota::new(limits.hooks),
             channels: Quota::new(limits.channels),
+            kvmi_lifetime: limits.kvmi_lifetime,
             effects: Vec::new(),
         }
     }

@@ -15,7 +15,6 @@ use super::call_error::CallError;
 use super::effect::{Effect, Push};
 use super::grants::{Access, Grants, Holder, Names, Terms, UseError};
 use super::introduction::{NotSent, private};
-use super::limits::KVMI_LIFETIME;
 use super::machine::Core;
 use super::vms::Vm;
 
@@ -96,10 +95,11 @@ impl Core {
         let holder = tool.and_then(|tool| self.vms.get(tool));
         let holder = holder.filter(|vm| vm.identity.introspector);
         let holder = holder.map(|vm| (vm.id, vm.peer, vm.identity.uuid));
+        let lifetime = self.kvmi_lifetime;
         let terms = |holder| Terms {
             target,
             scope: scope.clone(),
-            lifetime: KVMI_LIFETIME,
+            lifetime,
             uses: 1,
             holder,
             label: None,
@@ -120,7 +120,7 @@ impl Core {
             Ok(grant) => {
                 let grant = grant?;
                 let opened = Access { grant, target, scope: scope.clone() };
-                let push = Push::Granted { token: token.clone(), opened };
+                let push = Push::Granted { token: token.clone(), opened, lifetime };
                 self.effects.push(Effect::Push { peer, push });
                 grant
             }

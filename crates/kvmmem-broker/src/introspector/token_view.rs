@@ -18,7 +18,6 @@ use zeroize::Zeroizing;
 use super::inbox::Inbox;
 use super::link::Link;
 use super::view::View;
-use crate::core::limits::KVMI_LIFETIME;
 use crate::sync::lock;
 
 /// How soon the driver's marks are looked at again while tokens are listed.
@@ -55,11 +54,16 @@ impl TokenView {
         Some(Self { view, listed: Mutex::new(listed), inbox })
     }
 
-    /// Lists a token that is about to be given out.
+    /// Lists a token that is about to be given out and lives for `lifetime`.
     ///
     /// # Errors
     /// EAGAIN where the list is full or the view has ended, ENOMEM where the page cannot be written.
-    pub(crate) fn list(&self, token: &Token, grant: u64) -> Result<(), KvmError> {
+    pub(crate) fn list(
+        &self,
+        token: &Token,
+        grant: u64,
+        lifetime: Duration,
+    ) -> Result<(), KvmError> {
         let mut listed = lock(&self.listed);
         if self.view.end().is_some() {
             return Err(KvmError::Again);
@@ -67,7 +71,7 @@ impl TokenView {
         let digest = digest_of(token);
         let entry = listed.list.add(digest).map_err(|_| KvmError::NoMem)?;
         let entry = entry.ok_or(KvmError::Again)?;
-        let expires = Instant::now() + KVMI_LIFETIME;
+        let expires = Instant::now() + lifetime;
         listed.tokens.push(ListedToken { entry, digest, grant, expires });
         if listed.tokens.len() == 1 {
             self.inbox.wake();

@@ -216,7 +216,8 @@ fn list_granted(
     token: &Token,
     grant: u64,
 ) -> Result<(), KvmError> {
-    view.list(token, grant).inspect_err(|_| broker.withdraw(grant))?;
+    let lifetime = broker.limits().kvmi_lifetime;
+    view.list(token, grant, lifetime).inspect_err(|_| broker.withdraw(grant))?;
     // A revocation from here on finds it listed.
     if broker.tables().core.grants.is_active(broker.now(), grant) {
         return Ok(());
