@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use kvmmem_client::admin::Admin;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
@@ -45,7 +46,11 @@ fn a_socket_that_was_passed_is_served_and_left() {
     // The socket was there first: a client waits already when the daemon starts.
     let admin = std::thread::spawn({
         let path = path.clone();
-        move || Admin::connect(&path).unwrap().targets().unwrap()
+        move || {
+            let mut admin = Admin::connect(&path).unwrap();
+            admin.limit_answers(Duration::from_secs(60)).unwrap();
+            admin.targets().unwrap()
+        }
     });
     let mut daemon = activated(socket, &["--socket", "/nowhere/at/all"]).spawn().unwrap();
     let line = first_line(&mut daemon);

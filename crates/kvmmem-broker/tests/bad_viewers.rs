@@ -6,7 +6,7 @@ mod common;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, GrantState, Span};
@@ -86,7 +86,7 @@ const COUNTERS: ViewCounters = ViewCounters { seeks: u64::MAX, refused_writes: u
 
 #[test]
 fn a_view_is_its_owner_s_alone() {
-    let broker = TestBroker::start_patient();
+    let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     // It confirms nothing.
     let lion = broker.introspector("lion", 7);
@@ -162,7 +162,7 @@ fn a_vmm_is_no_operator_and_a_target_no_viewer() {
 
 #[test]
 fn a_vmm_that_never_confirms_holds_up_nobody_else() {
-    let broker = TestBroker::start_patient();
+    let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&GrantRequest { uses: 64, ..request(Rights::ReadOnly) });
     let mut silent = Peer::register(&broker, introspector("silent", 9), None);
@@ -193,25 +193,18 @@ fn a_viewer_that_does_not_read_is_cut_off() {
     let tiger = broker.target("tiger");
     let (lion, views) = broker.viewer("lion", 7, Duration::ZERO);
     let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) });
-    views.open(&lion, &granted.token).unwrap();
+    let view = views.open(&lion, &granted.token).unwrap().view;
     let mut deaf = Peer::register(&broker, introspector("deaf", 9), None);
     deaf.attach(&granted.token);
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                tiger.ram_changed(regions(), Change::Reset);
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        });
-        // The socket's queue holds few hundred packets at most.
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while broker.state.number("deaf").is_some() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        done.store(true, Ordering::Relaxed);
+    let generation = || lion.current(view).unwrap().generation();
+    // The socket's queue holds few hundred packets at most.
+    wait_for("the one that does not read to be cut off", || {
+        let before = generation();
+        tiger.ram_changed(regions(), Change::Reset);
+        // One that reads is given the time for it.
+        wait_for("the other one to be told", || generation() > before);
+        broker.state.number("deaf").is_none()
     });
-    assert!(broker.state.number("deaf").is_none(), "still there");
     assert!(lion.is_connected() && views.count() == 1);
     assert_eq!(broker.admin().revoke(granted.grant).unwrap().views, 1);
 }

@@ -3,16 +3,15 @@
 
 mod common;
 
-use std::time::Duration;
-
 use kvmmem_client::ClientError;
-use kvmmem_client::admin::Admin;
 use kvmmem_client::vmm::{RedeemError, Rights, Token, VmIdentity, VmmLink};
 use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Call, Refusal};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{PATIENCE, TestBroker, Tool, introspector, ram, request, target, uuid, wait_for};
+use common::{
+    PATIENCE, TestBroker, Tool, introspector, patient, ram, request, target, uuid, wait_for,
+};
 use kvmmem_abi::errno::KvmError;
 use kvmmem_kvmi::request::Request;
 use rustix::io::{pread, pwrite};
@@ -20,7 +19,7 @@ use rustix::io::{pread, pwrite};
 #[test]
 fn vms_are_listed_as_long_as_they_are_registered() {
     let broker = TestBroker::start();
-    let mut admin = Admin::connect(&broker.path).unwrap();
+    let mut admin = broker.admin();
     assert_eq!(admin.targets().unwrap(), []);
     let links: Vec<VmmLink> = (0..40).map(|n| broker.target(&format!("vm-{n}"))).collect();
     let listed = admin.targets().unwrap();
@@ -77,7 +76,7 @@ fn a_tool_reads_and_writes_a_hooked_target() {
     let link =
         VmmLink::connect(&broker.path, target("tiger"), Some(memory.try_clone().unwrap())).unwrap();
     let tool = Tool::listen(&broker, "tool.sock");
-    let mut admin = Admin::connect(&broker.path).unwrap();
+    let mut admin = broker.admin();
     admin.hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
     assert_eq!(session.hello.name, "tiger");
@@ -124,7 +123,7 @@ fn hooks_are_undone_and_doubled_ones_refused() {
     let broker = TestBroker::start();
     let _link = broker.target("tiger");
     let tool = Tool::listen(&broker, "tool.sock");
-    let mut admin = Admin::connect(&broker.path).unwrap();
+    let mut admin = broker.admin();
     let refused = |result: Result<(), ClientError>| match result {
         Err(ClientError::Refused { refusal, .. }) => refusal,
         other => panic!("{other:?}"),
@@ -184,7 +183,7 @@ fn a_bearer_token_is_redeemed_once_by_an_introspector() {
     let tiger = VmmLink::connect(&broker.path, target("tiger"), Some(memory)).unwrap();
     let lion = broker.introspector("lion", 7);
     let tool = Tool::listen(&broker, "tool.sock");
-    Admin::connect(&broker.path).unwrap().hook("tiger", &tool.endpoint).unwrap();
+    broker.admin().hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
 
     let token = session.token().unwrap();
@@ -210,13 +209,13 @@ fn tokens_expire_and_run_out() {
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let tool = Tool::listen(&broker, "tool.sock");
-    Admin::connect(&broker.path).unwrap().hook("tiger", &tool.endpoint).unwrap();
+    broker.admin().hook("tiger", &tool.endpoint).unwrap();
     let mut session = tool.accept();
     let tokens: Vec<Token> = (0..64).map(|_| session.token().unwrap()).collect();
     assert_eq!(session.token().err(), Some(KvmError::Again));
     lion.redeem(&tokens[0]).unwrap();
     session.token().unwrap();
-    broker.state.pass_time(Duration::from_secs(3));
+    broker.state.pass_time(patient().kvmi_lifetime);
     assert_eq!(lion.redeem(&tokens[1]).unwrap_err(), RedeemError::Unknown);
     for _ in 0..64 {
         session.token().unwrap();

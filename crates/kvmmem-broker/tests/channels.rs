@@ -15,9 +15,9 @@ use rustix::fs::{FallocateFlags, SealFlags, fallocate};
 use rustix::io::{pread, pwrite};
 
 use common::private::{HIGH, Private, pattern};
-use common::{TestBroker, memfd, request, wait_for};
+use common::{TestBroker, memfd, request, short_confirmation, wait_for};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = common::PATIENCE;
 
 /// A connection with a view that copies, by hand.
 struct Hand {
@@ -153,7 +153,7 @@ fn channels_that_make_no_sense_are_not_opened() {
 
 #[test]
 fn requests_that_make_no_sense_copy_nothing() {
-    let broker = TestBroker::start();
+    let broker = TestBroker::start_with(short_confirmation());
     let _private = Private::start(&broker, "tiger");
     let granted = broker.grant(&GrantRequest { uses: 2, ..request(Rights::ReadWrite) });
     let mut hand = Hand::attach(&broker, &granted.token);

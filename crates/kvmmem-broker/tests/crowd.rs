@@ -6,17 +6,15 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvmmem_client::admin::{GrantRequest, Rights};
 use kvmmem_proto::message::{Answer, Call, FromBroker, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{TestBroker, may_open, ram, request, target, wait_for};
+use common::{PATIENCE, TestBroker, may_open, ram, request, target, wait_for};
 use kvmmem::host::HostLink;
 
 const COUNT: usize = 1_000;
-const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_thousand_targets_come_are_looked_at_and_go() {
@@ -28,8 +26,8 @@ fn a_thousand_targets_come_are_looked_at_and_go() {
     let mut buffer = PacketBuffer::default();
     let mut targets = Vec::new();
     for number in 0..COUNT {
-        let socket = PacketSocket::connect(&broker.path, LIMIT).unwrap();
-        socket.limit_receive(Some(LIMIT)).unwrap();
+        let socket = PacketSocket::connect(&broker.path, PATIENCE).unwrap();
+        socket.limit_receive(Some(PATIENCE)).unwrap();
         let call = Call::Register(target(&format!("{number:04}")));
         socket.send(&Request { id: 1, call }, &[ram().as_fd()], Wait::Limited).unwrap();
         let (answer, _) = socket.receive(&mut buffer).unwrap().unwrap();

@@ -31,7 +31,7 @@ impl Daemon {
 
     fn signal(mut self, signal: Signal) -> ExitStatus {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + common::PATIENCE;
         loop {
             if let Some(status) = self.0.try_wait().unwrap() {
                 return status;

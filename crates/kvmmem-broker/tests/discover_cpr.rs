@@ -151,7 +151,7 @@ fn a_qemu_that_updates_itself_in_place_stays_the_target() {
 /// Resets a VM until a view is told: its monitor may not be connected again at once.
 fn reset(qemu: &Qemu, link: &mut HostLink) {
     let mut monitor = qemu.monitor();
-    for _ in 0..60 {
+    for _ in 0..240 {
         monitor.execute("system_reset", json!({}));
         match link.wait(Duration::from_millis(500)).unwrap() {
             None => {}

@@ -11,7 +11,7 @@ use kvmmem_client::admin::{GrantRequest, Span};
 use kvmmem_client::vmm::{Change, Region, Rights, Token, VmmLink};
 use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, ram, regions, request, target, uuid, wait_for};
+use common::{TestBroker, ram, regions, request, short_confirmation, target, uuid, wait_for};
 use kvmmem::host::{HostEvent, HostLink};
 use kvmmem_broker::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -134,7 +134,7 @@ fn a_revoked_process_is_waited_for_until_it_confirms() {
 
 #[test]
 fn a_process_that_does_not_confirm_is_counted() {
-    let broker = TestBroker::start();
+    let broker = TestBroker::start_with(short_confirmation());
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&request(Rights::ReadOnly));
     let (_link, _view) = attach(&broker, &granted.token);
@@ -170,7 +170,8 @@ fn a_process_hears_of_changes_and_of_the_end() {
 
 #[test]
 fn waiting_ends_in_time_and_a_silent_process_keeps_its_view() {
-    let silence = Duration::from_secs(2);
+    // Longer than a slow machine takes from connecting to the first request.
+    let silence = Duration::from_secs(10);
     let broker = TestBroker::start_with(Limits { silence, ..Limits::default() });
     let _tiger = broker.target("tiger");
     let granted = broker.grant(&request(Rights::ReadOnly));

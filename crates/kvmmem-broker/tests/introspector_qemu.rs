@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use common::pair::{CID, Pair, add, eject, number, pages, slots, state, write};
 use common::qemu::{Qemu, wait_long};
-use common::{TestBroker, caller, request, wait_for};
+use common::{TestBroker, caller, request, short_confirmation, wait_for};
 use kvmmem_abi::descriptor::{COMPLAINT_AT, COMPLAINT_NO_ADDRESS, SEEN_ALL, SEEN_AT};
 use kvmmem_abi::native::{STATE_GONE, STATE_OPEN, STATE_REVOKED};
 use kvmmem_broker::{OpenError, OpenView};
@@ -40,7 +40,7 @@ fn a_tool_without_the_module_acknowledges_or_its_bus_is_retired() {
     let opened = pair.open_for_library().unwrap();
     drop(opened);
     wait_for("the port to be retired", || pair.retired() == ["pci.0"]);
-    assert_eq!((pair.counts(), pair.marks()), ((0, 0), 1));
+    wait_for("the view to go", || (pair.counts(), pair.marks()) == ((0, 0), 1));
     assert_eq!(pair.broker.admin().free_slots("watcher").unwrap().free, 0);
     for error in
         [pair.open_for_library().unwrap_err(), pair.open(&request(Rights::ReadOnly)).unwrap_err()]
@@ -91,7 +91,7 @@ fn a_view_comes_and_goes_with_its_devices() {
         let views: usize = pair.broker.grants().iter().map(|grant| grant.views.len()).sum();
         assert_eq!(views, 1);
         drop(opened);
-        assert_eq!(pair.counts(), (0, 0));
+        wait_for("the devices to go", || pair.counts() == (0, 0));
         wait_for("QEMU to close what it was given", || pages(pair.qemu.process.id()).is_empty());
         wait_for("the view to end", || {
             pair.broker.grants().iter().all(|grant| grant.views.is_empty())
@@ -137,7 +137,7 @@ fn many_views_are_opened_at_once() {
             scope.spawn(move || drop(opened));
         }
     });
-    assert_eq!(pair.counts(), (0, 0));
+    wait_for("the devices to go", || pair.counts() == (0, 0));
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn revoking_a_grant_takes_the_devices_away_before_it_is_confirmed() {
     let other = pair.open(&request(Rights::ReadOnly)).unwrap();
     assert_eq!(pair.counts().0, 6);
     let pages = pages(pair.qemu.process.id());
-    let revoked = pair.broker.admin().revoke(granted.grant).unwrap();
+    let revoked = pair.broker.revoke(granted.grant);
     assert_eq!((revoked.views, revoked.unconfirmed), (2, 0));
     assert_eq!(pair.counts().0, 2);
     assert_eq!(pages.iter().filter(|page| state(page) == STATE_REVOKED).count(), 2);
@@ -171,18 +171,22 @@ fn a_target_that_goes_takes_its_views_along() {
 
 #[test]
 fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
-    let Some(pair) = Pair::start(OnSilence::Report) else { return };
+    let Some(pair) = Pair::start_with(OnSilence::Report, short_confirmation()) else { return };
     let audit = pair.broker.directory.path().join("audit");
     pair.broker.state.write_audit_to(&audit).unwrap();
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
     let grant = pair.broker.grants()[0].id;
-    let revoked = pair.broker.admin().revoke(grant).unwrap();
+    let revoked = pair.broker.revoke(grant);
     assert_eq!((revoked.views, revoked.unconfirmed), (1, 1));
     assert!(opened.ended());
-    let audit = std::fs::read_to_string(audit).unwrap();
-    let silent = audit.lines().find(|line| line.contains("\"event\":\"silent\"")).unwrap();
+    let silent = || {
+        let audit = std::fs::read_to_string(&audit).unwrap();
+        audit.lines().find(|line| line.contains("\"event\":\"silent\"")).map(str::to_owned)
+    };
+    wait_for("the policy to be applied", || silent().is_some());
+    let silent = silent().unwrap();
     for words in ["\"by\":\"watcher\"", "\"policy\":\"report\"", "the grant was revoked"] {
         assert!(silent.contains(words), "{silent}");
     }
@@ -199,12 +203,12 @@ fn a_guest_that_keeps_its_devices_is_reported_and_tried_again() {
 
 #[test]
 fn a_silent_guest_is_paused_or_killed_where_the_operator_wants_it() {
-    let Some(pair) = Pair::start(OnSilence::Pause) else { return };
+    let Some(pair) = Pair::start_with(OnSilence::Pause, short_confirmation()) else { return };
     let driver = pair.driver();
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
     let grant = pair.broker.grants()[0].id;
-    assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 1);
+    assert_eq!(pair.broker.revoke(grant).unconfirmed, 1);
     pair.monitor.lock().unwrap().wait_status("paused");
     drop((opened, pair));
 
@@ -213,7 +217,7 @@ fn a_silent_guest_is_paused_or_killed_where_the_operator_wants_it() {
     let opened = pair.open(&request(Rights::ReadOnly)).unwrap();
     drop(driver);
     let grant = pair.broker.grants()[0].id;
-    assert_eq!(pair.broker.admin().revoke(grant).unwrap().unconfirmed, 0);
+    assert_eq!(pair.broker.revoke(grant).unconfirmed, 0);
     wait_for("the introspector to go", || pair.broker.service.introspector(CID).is_none());
     wait_for("the view to end", || opened.ended());
 }

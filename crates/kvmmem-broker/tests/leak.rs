@@ -4,7 +4,6 @@
 
 mod common;
 
-use kvmmem_client::admin::Admin;
 use kvmmem_proto::endpoint::Endpoint;
 
 use common::{TestBroker, Tool, wait_for};
@@ -17,7 +16,7 @@ fn count(what: &str) -> usize {
 fn two_hundred_rounds_leave_no_descriptor_and_no_thread() {
     let broker = TestBroker::start();
     let tool = Tool::listen(&broker, "tool.sock");
-    let mut admin = Admin::connect(&broker.path).unwrap();
+    let mut admin = broker.admin();
     let mut before = None;
     for round in 0..200 {
         if round == 10 {

@@ -28,7 +28,6 @@ fn a_thousand_attaches_leave_no_descriptor_no_thread_and_no_view() {
             wait_for("the first views to end", || broker.state.grant_count().1 == 0);
             before = Some((count("fd"), count("task")));
         }
-        // The admin's connection is cut off where it is silent for too long.
         let granted = admin.grant(&GrantRequest { uses: 2, ..request(Rights::ReadOnly) }).unwrap();
         let view = views.open(&lion, &granted.token).unwrap();
         let host =

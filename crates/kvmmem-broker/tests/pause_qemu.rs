@@ -89,8 +89,8 @@ fn a_vm_runs_again_however_a_pause_ends() {
 
 #[test]
 fn a_client_that_is_silent_pauses_no_longer() {
-    let broker =
-        TestBroker::start_with(Limits { silence: Duration::from_secs(4), ..Limits::default() });
+    let silence = Duration::from_secs(10);
+    let broker = TestBroker::start_with(Limits { silence, ..Limits::default() });
     let Some(qemu) = start(&broker, "silent") else { return };
     let mut admin = broker.admin();
     assert!(admin.pause("silent").unwrap());

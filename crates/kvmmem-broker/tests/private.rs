@@ -17,7 +17,7 @@ use common::{TestBroker, Tool, caller, request, uuid};
 use kvmmem::host::{Copier, CopyError, HostEvent, HostLink, HostView};
 use kvmmem_abi::errno::KvmError;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = common::PATIENCE;
 
 /// More bytes than the channels of a view hold.
 const MANY: usize = 1 << 20;
@@ -94,10 +94,8 @@ fn a_process_reads_and_writes_copies_as_far_as_its_grant_reaches() {
     });
 
     // The grant ends, and with it both views, at once.
-    let revoked = std::thread::spawn({
-        let path = broker.path.clone();
-        move || kvmmem_client::admin::Admin::connect(&path).unwrap().revoke(granted.grant).unwrap()
-    });
+    let mut admin = broker.admin();
+    let revoked = std::thread::spawn(move || admin.revoke(granted.grant).unwrap());
     for pump in [pump, second] {
         let (mut link, event) = pump.join().unwrap();
         assert_eq!(event, HostEvent::Revoked);
@@ -123,16 +121,17 @@ fn copies_end_with_the_target_and_with_the_broker() {
         let busy = scope.spawn(|| {
             let mut bytes = vec![0; MANY];
             loop {
+                let was_over = is_over.load(Ordering::Acquire);
                 if let Err(error) = copier.read(0, &mut bytes) {
                     return error;
                 }
-                assert!(!is_over.load(Ordering::Relaxed));
+                assert!(!was_over, "a copy that began after the target's end has succeeded");
             }
         });
         broker.state.remove(private.vm);
+        is_over.store(true, Ordering::Release);
         let error = busy.join().unwrap();
         assert!(matches!(error, CopyError::Gone), "{error:?}");
-        is_over.store(true, Ordering::Relaxed);
     });
     drop(broker);
     assert_eq!(pump_one.join().unwrap().1, HostEvent::Gone);

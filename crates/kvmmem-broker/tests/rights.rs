@@ -5,7 +5,6 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
 
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::KvmiPolicy;
@@ -14,7 +13,9 @@ use kvmmem_proto::endpoint::Endpoint;
 use kvmmem_proto::message::{Answer, Call, FromBroker, Refusal, Request};
 use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 
-use common::{TestBroker, Tool, introspector, may_open, ram, request, target, uuid, wait_for};
+use common::{
+    PATIENCE, TestBroker, Tool, introspector, may_open, ram, request, target, uuid, wait_for,
+};
 use kvmmem_abi::errno::KvmError;
 
 /// A connection of a VMM that sends any call, and reads nothing that it is not asked to.
@@ -25,8 +26,8 @@ struct Vmm {
 
 impl Vmm {
     fn register(broker: &TestBroker, registration: Registration, ram: Option<OwnedFd>) -> Self {
-        let socket = PacketSocket::connect(&broker.path, Duration::from_secs(30)).unwrap();
-        socket.limit_receive(Some(Duration::from_secs(30))).unwrap();
+        let socket = PacketSocket::connect(&broker.path, PATIENCE).unwrap();
+        socket.limit_receive(Some(PATIENCE)).unwrap();
         let mut vmm = Self { socket, buffer: PacketBuffer::default() };
         let answer = vmm.ask(Call::Register(registration), ram);
         assert!(
@@ -191,7 +192,7 @@ fn every_vm_that_registers_is_in_the_audit_log() {
             .map(|line| line["name"].to_string())
             .collect::<BTreeSet<_>>()
     };
-    assert_eq!(lines("registered").len(), COUNT);
+    wait_for("all to be registered", || lines("registered").len() == COUNT);
     wait_for("all to be gone", || lines("gone").len() == COUNT);
 }
 

@@ -11,7 +11,9 @@ use kvmmem_client::admin::{GrantRequest, GrantState, KvmiPolicy, Origin, Span};
 use kvmmem_client::vmm::{Change, RedeemError, Region, Rights, Token, ViewCounters, VmmLink};
 use kvmmem_proto::message::Refusal;
 
-use common::{TestBroker, caller, ram, regions, request, target, uuid, wait_for};
+use common::{
+    TestBroker, caller, ram, regions, request, short_confirmation, target, uuid, wait_for,
+};
 use kvmmem_abi::errno::KvmError;
 
 const NO_PAUSE: Duration = Duration::ZERO;
@@ -159,7 +161,7 @@ fn a_revoked_grant_is_nobody_s_when_the_answer_comes() {
 
 #[test]
 fn a_vmm_that_does_not_confirm_is_counted() {
-    let broker = TestBroker::start();
+    let broker = TestBroker::start_with(short_confirmation());
     let _tiger = broker.target("tiger");
     // It has no handler for its events.
     let lion = broker.introspector("lion", 7);
@@ -177,7 +179,7 @@ fn a_vmm_that_does_not_confirm_is_counted() {
 
 #[test]
 fn a_vmm_that_goes_is_not_waited_for() {
-    let broker = TestBroker::start_patient();
+    let broker = TestBroker::start();
     let _tiger = broker.target("tiger");
     let lion = broker.introspector("lion", 7);
     let granted = broker.grant(&request(Rights::ReadOnly));
@@ -247,7 +249,6 @@ fn a_pushed_token_is_used_once_by_pages_and_views_together() {
             pages
                 .into_iter()
                 .chain(views)
-                .filter(|_| true)
                 .map(|each| each.join().unwrap())
                 .filter(|won| *won)
                 .count()

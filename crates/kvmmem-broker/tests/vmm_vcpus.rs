@@ -124,7 +124,7 @@ fn registers_are_in_the_audit_log_from_whichever_vcpu_on() {
     let (_link, _vmm) = Vmm::register(&broker, 35);
     // Three pages.
     broker.admin().registers("tiger").unwrap();
-    assert_eq!(about_vcpus(&log()), [("registers", None)]);
+    wait_for("one line", || about_vcpus(&log()) == [("registers", None)]);
     let mut operator = Liar::connect(&broker);
     for first in [16, 32, 32, 100] {
         operator.send(Call::Registers { target: "tiger".into(), first });
@@ -132,7 +132,7 @@ fn registers_are_in_the_audit_log_from_whichever_vcpu_on() {
         assert!(matches!(answer, FromBroker::Answer { .. }), "{answer:?}");
     }
     // The second page follows the first; the others follow none.
-    assert_eq!(about_vcpus(&log()), [("registers", None); 4]);
+    wait_for("four lines", || about_vcpus(&log()) == [("registers", None); 4]);
 }
 
 #[test]
@@ -163,7 +163,8 @@ fn a_resume_that_is_refused_ends_no_pause() {
     let paused = ("paused", None);
     let [asked, runs, gone] =
         ["asked for", "the VM runs again", "the VM is gone"].map(|why| ("resumed", Some(why)));
-    assert_eq!(about_vcpus(&log()), [paused, asked, paused, runs, paused, gone, paused]);
+    let all = [paused, asked, paused, runs, paused, gone, paused];
+    wait_for("all lines", || about_vcpus(&log()) == all);
 }
 
 #[test]

@@ -243,6 +243,9 @@ fn a_user_with_all_its_policies_keeps_nobody_out() {
 #[test]
 fn a_peer_that_reads_nothing_holds_few_descriptors() {
     let running = Running::new(Limits::default());
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("audit.log");
+    running.server.service().broker().write_audit_to(&log).unwrap();
     let _tiger = running.target(USER, "tiger").unwrap();
     let mut viewer = running.connect(USER);
     let request = kvmmem_proto::message::GrantRequest { uses: 64, ..grant_request("tiger") };
@@ -266,9 +269,10 @@ fn a_peer_that_reads_nothing_holds_few_descriptors() {
     };
     let mut most = 0;
     wait_for("it is cut off", || {
+        let is_attached = std::fs::read_to_string(&log).unwrap().contains("\"attached\"");
         let now = open();
         most = most.max(now);
-        most > 0 && now == 0
+        is_attached && now == 0
     });
     assert!(most <= 2, "{most} views were open at once");
     let mut files = 0;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
 use kvmmem_broker::{Broker, Limits, Server, Service};
-use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, NewGrant};
+use kvmmem_client::admin::{Admin, GrantInfo, GrantRequest, NewGrant, RevokeReport};
 use kvmmem_client::vmm::{
     Caller, RedeemError, Region, Registration, Rights, Target, ViewEvents, ViewGrant, VmIdentity,
     VmmLink,
@@ -28,8 +28,6 @@ use kvmmem_kvmi::reply::{self, Fixed, MapToken, Outcome};
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
 use kvmmem_proto::endpoint::Endpoint;
-use kvmmem_proto::message::{self, Answer, Call, FromBroker, RevokeReport};
-use kvmmem_proto::packet::{PacketBuffer, PacketSocket, Wait};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use uuid::Uuid;
@@ -44,24 +42,31 @@ pub(crate) struct TestBroker {
     pub(crate) directory: tempfile::TempDir,
 }
 
+/// Limits of time that no test reaches on a slow machine: revocations wait until all have confirmed
+/// or ended, silent connections are kept, and tokens of KVMI's do not expire.
+pub(crate) fn patient() -> Limits {
+    let long = Duration::from_secs(3600);
+    Limits { silence: long, confirmation: long, kvmi_lifetime: long, ..Limits::default() }
+}
+
+/// The same, but revocations wait for as long as those of users.
+pub(crate) fn short_confirmation() -> Limits {
+    Limits { confirmation: Limits::default().confirmation, ..patient() }
+}
+
 impl TestBroker {
+    /// One that is [`patient`].
     pub(crate) fn start() -> Self {
         Self::start_in(tempfile::tempdir().unwrap())
     }
 
-    /// One with other limits than the usual ones.
+    /// One with other limits.
     pub(crate) fn start_with(limits: Limits) -> Self {
         Self::start_so(tempfile::tempdir().unwrap(), limits)
     }
 
-    /// One whose revocations wait until all have confirmed or ended.
-    pub(crate) fn start_patient() -> Self {
-        let confirmation = Duration::from_secs(3600);
-        Self::start_with(Limits { confirmation, ..Limits::default() })
-    }
-
     pub(crate) fn start_in(directory: tempfile::TempDir) -> Self {
-        Self::start_so(directory, Limits::default())
+        Self::start_so(directory, patient())
     }
 
     fn start_so(directory: tempfile::TempDir, limits: Limits) -> Self {
@@ -115,24 +120,17 @@ impl TestBroker {
     }
 
     pub(crate) fn admin(&self) -> Admin {
-        Admin::connect(&self.path).unwrap()
+        let mut admin = Admin::connect(&self.path).unwrap();
+        admin.limit_answers(PATIENCE).unwrap();
+        admin
     }
 
     pub(crate) fn grant(&self, request: &GrantRequest) -> NewGrant {
         self.admin().grant(request).unwrap()
     }
 
-    /// Revokes a grant, and waits longer for it than [`Admin::revoke`] does.
     pub(crate) fn revoke(&self, grant: u64) -> RevokeReport {
-        let socket = PacketSocket::connect(&self.path, PATIENCE).unwrap();
-        socket.limit_receive(Some(PATIENCE)).unwrap();
-        let request = message::Request { id: 1, call: Call::Revoke { grant } };
-        socket.send(&request, &[], Wait::Limited).unwrap();
-        let (answer, _) = socket.receive(&mut PacketBuffer::default()).unwrap().unwrap();
-        match answer {
-            FromBroker::Answer { answer: Answer::Revoked(report), .. } => report,
-            other => panic!("{other:?}"),
-        }
+        self.admin().revoke(grant).unwrap()
     }
 
     /// Makes a token as a hook to a tool in the VM with this context id does.

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem_abi::descriptor::{GENERATION_AT, SEEN_AT};
-use kvmmem_broker::{Introspector, OpenError, OpenView};
+use kvmmem_broker::{Introspector, Limits, OpenError, OpenView};
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{GrantRequest, IntrospectorRequest, NewIntrospector, OnSilence, Rights};
 use kvmmem_client::vmm::{Region, VmmLink};
@@ -46,8 +46,14 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
+    /// One whose broker is patient, but lets tokens of KVMI's expire: that makes room in a list.
     pub(crate) fn start(on_silence: OnSilence) -> Option<Self> {
-        let broker = TestBroker::start();
+        let kvmi_lifetime = Limits::default().kvmi_lifetime;
+        Self::start_with(on_silence, Limits { kvmi_lifetime, ..super::patient() })
+    }
+
+    pub(crate) fn start_with(on_silence: OnSilence, limits: Limits) -> Option<Self> {
+        let broker = TestBroker::start_with(limits);
         broker.service.set_guest_port(None);
         let log = broker.directory.path().join("firmware.log");
         let debugcon = format!("file:{}", log.display());

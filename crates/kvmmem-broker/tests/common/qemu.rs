@@ -35,10 +35,12 @@ impl Drop for Qemu {
 }
 
 impl Qemu {
-    /// Starts a VM; `None` where this machine has no QEMU.
+    /// Starts a VM whose monitors answer; `None` where this machine has no QEMU.
     pub(crate) fn start(broker: &TestBroker, name: &str, arguments: &[&str]) -> Option<Self> {
         let qemu = Self::spawn(broker, name, arguments)?;
         wait_long("QEMU to listen", || listens(&qemu.qmp) && listens(&qemu.monitor));
+        // It listens before it has made its machine, and answers after that.
+        drop(qemu.monitor());
         Some(qemu)
     }
 
