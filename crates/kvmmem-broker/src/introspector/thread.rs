@@ -143,6 +143,7 @@ impl Thread {
             Notice::End => {
                 lock(&self.it.state).is_closed = true;
                 self.end.get_or_insert(now + CLOSE_LIMIT);
+                (self.retry, self.pause) = (None, BACK_OFF.0);
                 self.end_views(Cause::Gone, |_| true);
             }
         }
@@ -247,8 +248,11 @@ impl Thread {
     }
 
     fn is_over(&self, is_alive: bool, now: Instant) -> bool {
+        // QEMU still releases the memory of these: the guest has released their devices.
+        let is_left = |view: &Arc<View>| view.phase() == Phase::Stuck && !view.is_reachable();
         let is_done = self.unplugging.is_empty()
             && self.verdicts.is_empty()
+            && !(is_alive && self.it.monitor.is_up() && self.it.views().iter().any(is_left))
             && self.killed.is_none_or(|killed| !is_alive || killed <= now);
         self.end.is_some_and(|end| is_done || end <= now)
     }
