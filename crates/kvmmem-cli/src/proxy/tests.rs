@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use kvmmem::{Access, Event, State, VectoredError, ViewError};
-use kvmmem_broker::Server;
+use kvmmem_broker::{Limits, Server};
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant};
 use kvmmem_client::vmm::{Region, VmIdentity, VmmLink};
 use kvmmem_proto::client::{self, ClientError};
@@ -47,7 +47,8 @@ impl TestProxy {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let broker = directory.path().join("broker.sock");
-        let server = Server::bind(&broker, None).unwrap();
+        let limits = Limits { confirmation: PATIENCE, ..Limits::default() };
+        let server = Server::bind_with(&broker, None, limits).unwrap();
         let (stop, other) = UnixStream::pair().unwrap();
         std::thread::spawn(move || server.run(other.as_fd()));
         let ram = GuestRam::new(2 * LOW).unwrap();
@@ -72,7 +73,9 @@ impl TestProxy {
     }
 
     fn admin(&self) -> Admin {
-        Admin::connect(&self.path("broker.sock")).unwrap()
+        let mut admin = Admin::connect(&self.path("broker.sock")).unwrap();
+        admin.limit_answers(PATIENCE).unwrap();
+        admin
     }
 
     fn grant(&self, rights: Rights) -> NewGrant {

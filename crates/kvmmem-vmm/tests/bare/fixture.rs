@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
-use kvmmem_broker::Server;
+use kvmmem_broker::{Limits, Server};
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant};
 use kvmmem_client::vmm::{Region, Rights, Scope, VmIdentity, VmmLink};
 use kvmmem_proto::map::MemoryMap;
@@ -221,7 +221,10 @@ pub(crate) fn launch_with_broker<T>(
     const NAME: &str = "target";
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("broker");
-    let server = Server::bind(&socket, None).unwrap();
+    // A slow host is waited for.
+    let patience = Duration::from_secs(60);
+    let limits = Limits { confirmation: patience, ..Limits::default() };
+    let server = Server::bind_with(&socket, None, limits).unwrap();
     let (stop, stopped) = UnixStream::pair().unwrap();
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
 
@@ -230,6 +233,7 @@ pub(crate) fn launch_with_broker<T>(
     let ram = target.0.fd().try_clone_to_owned().unwrap();
     let link = VmmLink::connect(&socket, registration, Some(ram)).unwrap();
     let mut admin = Admin::connect(&socket).unwrap();
+    admin.limit_answers(patience).unwrap();
     let request = GrantRequest {
         target: NAME.into(),
         spans: None,

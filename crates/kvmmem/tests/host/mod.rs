@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmmem::{Access, Token, View, ViewError};
-use kvmmem_broker::Server;
+use kvmmem_broker::{Limits, Server};
 use kvmmem_client::admin::{Admin, GrantRequest, NewGrant, Rights, Span};
 use kvmmem_client::vmm::{Region, VmIdentity, VmmLink};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
@@ -41,7 +41,9 @@ impl Host {
     pub(crate) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("broker.sock");
-        let server = Server::bind(&socket, None).unwrap();
+        // A slow machine is waited for.
+        let limits = Limits { confirmation: PATIENCE, ..Limits::default() };
+        let server = Server::bind_with(&socket, None, limits).unwrap();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || server.run(stopped.as_fd()).unwrap());
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -71,7 +73,9 @@ impl Host {
     }
 
     pub(crate) fn admin(&self) -> Admin {
-        Admin::connect(&self.socket).unwrap()
+        let mut admin = Admin::connect(&self.socket).unwrap();
+        admin.limit_answers(PATIENCE).unwrap();
+        admin
     }
 
     pub(crate) fn grant(&self, rights: Rights, spans: Option<Vec<Span>>) -> NewGrant {
