@@ -214,6 +214,8 @@ type Serving = (Arc<Broker>, UnixStream, JoinHandle<Result<(), ServerError>>);
 /// Starts a broker.
 fn serve(socket: &Path) -> Serving {
     let server = Server::bind(socket, None).unwrap();
+    // Another broker of this machine may listen there.
+    server.service().set_guest_port(None);
     let broker = Arc::clone(server.service().broker());
     let (stop, stopped) = UnixStream::pair().unwrap();
     (broker, stop, std::thread::spawn(move || server.run(stopped.as_fd())))

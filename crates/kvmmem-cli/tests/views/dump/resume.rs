@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use kvmmem_client::vmm::{Change, Region};
@@ -11,24 +12,41 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{begin, dump, hex, is_whole, part, path};
+use super::{BEGUN, TRIES, begin, dump, hex, interrupted, is_whole, part, path, remove};
 use crate::common::{Host, finish, signal, wait_for};
 use crate::{LARGE, host, large};
+
+/// A dump whose process is stopped in its midst, and its grant.
+fn stopped(host: &Host) -> (String, Child) {
+    for _ in 0..TRIES {
+        let (grant, token) = host.grant(&[]);
+        let child = begin(host, &token, &[], BEGUN);
+        signal(&child, Signal::STOP);
+        let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
+        let are_all = |state: &str| {
+            fs::read_dir(&threads).unwrap().all(|thread| {
+                // A thread may end meanwhile.
+                let stat = fs::read_to_string(thread.unwrap().path().join("stat"));
+                stat.is_ok_and(|stat| stat.contains(state))
+            })
+        };
+        // It runs for a moment after the signal was sent, and may have ended before.
+        wait_for(&threads, |_| are_all(") T ") || are_all(") Z "));
+        if are_all(") T ") && fs::metadata(path(host)).unwrap().len() < LARGE[0].len {
+            return (grant, child);
+        }
+        signal(&child, Signal::CONT);
+        assert_eq!(finish(child).code, Some(0));
+        remove(host);
+    }
+    panic!("no dump can be stopped: they are too quick")
+}
 
 #[test]
 fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
     let host = large();
-    let (grant, token) = host.grant(&[]);
-    let child = begin(&host, &token);
-    // A process that does not run cannot confirm that its view has ended. It runs for a moment
-    // after the signal was sent.
-    signal(&child, Signal::STOP);
-    let is_stopped =
-        |thread: &Path| fs::read_to_string(thread.join("stat")).unwrap().contains(") T ");
-    let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
-    wait_for(&threads, |threads| {
-        fs::read_dir(threads).unwrap().all(|thread| is_stopped(&thread.unwrap().path()))
-    });
+    // A process that does not run cannot confirm that its view has ended.
+    let (grant, child) = stopped(&host);
     let revoked = host.run(&["grant", "revoke", &grant]);
     assert_eq!(revoked.code, Some(3), "{}", revoked.stderr);
     assert!(revoked.stdout.contains("not confirmed by 1 of its users"), "{}", revoked.stdout);
@@ -58,9 +76,7 @@ fn a_dump_is_stopped_by_revocation_and_goes_on_by_a_new_grant() {
 #[test]
 fn an_interrupted_dump_goes_on_unless_the_target_is_another_one() {
     let host = large();
-    let child = begin(&host, &host.grant(&[]).1);
-    signal(&child, Signal::INT);
-    let ended = finish(child);
+    let ended = interrupted(&host, &[], BEGUN);
     assert_eq!(ended.code, Some(1));
     assert!(
         ended.stderr.contains("interrupted") && ended.stderr.contains("--resume"),
@@ -89,9 +105,7 @@ fn an_interrupted_dump_goes_on_unless_the_target_is_another_one() {
 #[test]
 fn a_dump_goes_on_by_the_next_broker_but_not_with_the_next_run_of_the_target() {
     let mut host = large();
-    let child = begin(&host, &host.grant(&[]).1);
-    signal(&child, Signal::INT);
-    assert_eq!(finish(child).code, Some(1));
+    assert_eq!(interrupted(&host, &[], BEGUN).code, Some(1));
     host.next_broker();
     let state = fs::read(part(&host)).unwrap();
     let half = host.path("half");
@@ -127,9 +141,7 @@ fn a_dump_goes_on_by_the_next_broker_but_not_with_the_next_run_of_the_target() {
 #[test]
 fn a_complete_dump_whose_checkpoint_is_left_is_finished_without_a_token() {
     let host = large();
-    let child = begin(&host, &host.grant(&[]).1);
-    signal(&child, Signal::INT);
-    assert_eq!(finish(child).code, Some(1));
+    assert_eq!(interrupted(&host, &[], BEGUN).code, Some(1));
     let checkpoint = fs::read(part(&host)).unwrap();
     let ended = dump(&host, &[], &["--resume", "--json"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
@@ -182,9 +194,7 @@ fn an_interrupt_before_there_is_a_view_leaves_no_file() {
 #[test]
 fn the_digest_of_a_dump_that_went_on_is_of_the_whole_file() {
     let host = large();
-    let child = begin(&host, &host.grant(&[]).1);
-    signal(&child, Signal::INT);
-    assert_eq!(finish(child).code, Some(1));
+    assert_eq!(interrupted(&host, &[], BEGUN).code, Some(1));
     assert!(!host.path("dump.json").exists());
     let ended = dump(&host, &[], &["--resume", "--json"]);
     let record: Value = serde_json::from_str(&ended.stdout).unwrap();
@@ -199,9 +209,7 @@ fn a_dump_goes_on_beyond_what_cannot_be_read() {
     let page = vec![0x5a; 1 << 20];
     (0..LARGE[0].len).step_by(1 << 20).for_each(|at| file.write_all_at(&page, at).unwrap());
     let host = Host::start_file(&LARGE, &file);
-    let child = begin(&host, &host.grant(&[]).1);
-    signal(&child, Signal::INT);
-    assert_eq!(finish(child).code, Some(1));
+    assert_eq!(interrupted(&host, &[], BEGUN).code, Some(1));
     let whole = LARGE[0].len - 0x20_0000;
     file.set_len(whole).unwrap();
     let ended = dump(&host, &[], &["--resume", "--json"]);
@@ -253,17 +261,7 @@ fn a_lime_file_that_was_interrupted_goes_on() {
         std::io::Write::write_all(&mut ram, &number.to_le_bytes().repeat(512)).unwrap();
     });
     let path = path(&host);
-    let token = host.grant(&[]).1;
-    let child =
-        host.view(&token, &["dump", path.to_str().unwrap(), "--format", "lime"]).spawn().unwrap();
-    wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 1 << 20));
-    signal(&child, Signal::INT);
-    let ended = finish(child);
-    if ended.code == Some(0) {
-        return eprintln!(
-            "skipped: the dump was over before it was interrupted; run it on a slower machine"
-        );
-    }
+    assert_eq!(interrupted(&host, &["--format", "lime"], BEGUN).code, Some(1));
     let ended = dump(&host, &[], &["--resume", "--format", "lime", "--json"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let record: Value = serde_json::from_str(&ended.stdout).unwrap();
@@ -285,17 +283,7 @@ fn what_is_compressed_is_not_resumed() {
     let host = large();
     assert_eq!(dump(&host, &[], &["--compress", "zstd", "--resume"]).code, Some(2));
     let path = path(&host);
-    let token = host.grant(&[]).1;
-    let child =
-        host.view(&token, &["dump", path.to_str().unwrap(), "--compress", "zstd"]).spawn().unwrap();
-    wait_for(&path, |path| fs::metadata(path).is_ok_and(|file| file.len() > 0));
-    signal(&child, Signal::INT);
-    let ended = finish(child);
-    if ended.code == Some(0) {
-        return eprintln!(
-            "skipped: the dump was over before it was interrupted; run it on a slower machine"
-        );
-    }
+    let ended = interrupted(&host, &["--compress", "zstd"], 0);
     assert!(ended.stderr.contains("begin again"), "{}", ended.stderr);
     assert!(!path.exists() && !part(&host).exists());
 }
