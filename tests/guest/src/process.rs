@@ -7,12 +7,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ChildStdin, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::process::{
     Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
 };
@@ -21,10 +23,6 @@ use crate::channel::send;
 use crate::frame::Kind;
 use crate::request::{Command, ExitStatus};
 use crate::{frame, launch};
-
-/// How long output may still come after the program has ended: a child of it may hold the pipes
-/// open.
-const LINGER: Duration = Duration::from_millis(500);
 
 /// Frames of stdin that may wait for the program to read them.
 const STDIN_QUEUE: usize = 64;
@@ -37,6 +35,8 @@ const KILLED: Duration = Duration::from_secs(30);
 pub struct ChildProcess {
     pid: Pid,
     handle: Handle,
+    /// Readable once the program has ended.
+    ended: Arc<OwnedFd>,
     pumps: Receiver<()>,
     pump_count: usize,
 }
@@ -56,6 +56,7 @@ pub struct Handle {
 /// When no process can be made. A program that cannot be run is not an error here: it ends with
 /// code 127.
 pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<ChildProcess> {
+    let ended = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
     let mut child = launch::launcher(command)?
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -69,15 +70,15 @@ pub fn start(command: &Command, sink: &Arc<Mutex<File>>) -> io::Result<ChildProc
     let mut pump_count = 0;
     if let Some(pipe) = child.stdout.take() {
         pump_count += 1;
-        pump(pipe, Kind::Stdout, sink, &done);
+        pump(pipe, Kind::Stdout, sink, &ended, done.clone());
     }
     if let Some(pipe) = child.stderr.take() {
         pump_count += 1;
-        pump(pipe, Kind::Stderr, sink, &done);
+        pump(pipe, Kind::Stderr, sink, &ended, done.clone());
     }
     let pid = Pid::from_child(&child);
     let handle = Handle { child: Arc::new(Mutex::new(Some((pid, child)))), stdin };
-    Ok(ChildProcess { pid, handle, pumps, pump_count })
+    Ok(ChildProcess { pid, handle, ended, pumps, pump_count })
 }
 
 impl ChildProcess {
@@ -100,12 +101,11 @@ impl ChildProcess {
                 Err(error) => return Err(error.into()),
             }
         };
-        let deadline = Instant::now() + LINGER;
+        // It fails only where the counter is full.
+        let _ = rustix::io::write(&self.ended, &1u64.to_ne_bytes());
         for _ in 0..self.pump_count {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.pumps.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
-                break;
-            }
+            // It fails only where all pumps have ended.
+            let _ = self.pumps.recv();
         }
         let signal = status.terminating_signal().map(ExitStatus::Signal);
         Ok(signal.unwrap_or_else(|| ExitStatus::Code(status.exit_status().unwrap_or(-1))))
@@ -204,16 +204,32 @@ fn feed(mut pipe: ChildStdin, input: &Receiver<Vec<u8>>) {
     }
 }
 
+/// Sends what comes out of a pipe. Reports once that all that the program has written is sent; a
+/// child of it may hold the pipe open and write more.
 fn pump(
-    mut pipe: impl Read + Send + 'static,
+    mut pipe: impl Read + AsFd + Send + 'static,
     kind: Kind,
     sink: &Arc<Mutex<File>>,
-    done: &Sender<()>,
+    ended: &Arc<OwnedFd>,
+    done: Sender<()>,
 ) {
-    let (sink, done) = (Arc::clone(sink), done.clone());
+    let (sink, ended) = (Arc::clone(sink), Arc::clone(ended));
     thread::spawn(move || {
         let mut bytes = vec![0; frame::MAX_PAYLOAD];
+        let mut done = Some(done);
+        // How much of it is in the pipe, once the program has ended.
+        let mut left: Option<usize> = None;
         loop {
+            if left.is_none() && wait_readable(&pipe, &ended) {
+                let size = rustix::io::ioctl_fionread(&pipe).unwrap_or(0);
+                left = usize::try_from(size).ok();
+            }
+            if left == Some(0)
+                && let Some(done) = done.take()
+            {
+                // The waiter may have given up already.
+                let _ = done.send(());
+            }
             let read = match pipe.read(&mut bytes) {
                 Ok(0) => break,
                 Ok(length) => bytes.get(..length).unwrap_or_default(),
@@ -223,8 +239,18 @@ fn pump(
             if send(&sink, kind, read).is_err() {
                 break;
             }
+            left = left.map(|left| left.saturating_sub(read.len()));
         }
-        // The waiter may have given up already.
-        let _ = done.send(());
+        if let Some(done) = done {
+            let _ = done.send(());
+        }
     });
+}
+
+/// Waits until there is something to read, or the program has ended; whether it has.
+fn wait_readable(pipe: &impl AsFd, ended: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pipe, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
+    while poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
+    let [_, ended] = &fds;
+    !ended.revents().is_empty()
 }

@@ -14,11 +14,14 @@ use kvmmem_guest::request::{Reply, Request};
 use kvmmem_guest::{Command, ExitStatus};
 
 /// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Starts the agent for one connection and asks it.
 fn ask(request: &Request) -> Channel {
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    ask_over(UnixStream::pair().unwrap(), request)
+}
+
+fn ask_over((ours, theirs): (UnixStream, UnixStream), request: &Request) -> Channel {
     let mut agent = std::process::Command::new(env!("CARGO_BIN_EXE_kvmmem-guest"))
         .arg("connection")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -81,6 +84,31 @@ fn output_and_exit_code_come_back() {
             finish(&mut channel),
             ("out\n".to_owned(), "err\n".to_owned(), ExitStatus::Code(3))
         );
+    }
+}
+
+#[test]
+fn all_output_comes_before_the_exit_code_however_slowly_it_is_read() {
+    if is_root() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 4096).unwrap();
+        let script = "echo $$; read line; head -c 60000 /dev/zero; head -c 60000 /dev/zero >&2";
+        let command = Command::new("/bin/sh").args(["-c", script]);
+        let mut channel = ask_over((ours, theirs), &Request::Exec(command));
+        let first = channel.receive(Some(Instant::now() + LIMIT)).unwrap().unwrap();
+        let pid = String::from_utf8(first.payload).unwrap();
+        channel.send(Kind::Stdin, b"\n").unwrap();
+        // Pipes hold what it writes, and the agent cannot send it.
+        let stat = format!("/proc/{}/stat", pid.trim());
+        let end = Instant::now() + LIMIT;
+        while !std::fs::read_to_string(&stat).unwrap().contains(") Z ") {
+            assert!(Instant::now() < end, "the program does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Longer than an agent would wait that did so for a limited time.
+        std::thread::sleep(Duration::from_secs(1));
+        let (stdout, stderr, status) = finish(&mut channel);
+        assert_eq!((stdout.len(), stderr.len(), status), (60000, 60000, ExitStatus::Code(0)));
     }
 }
 
