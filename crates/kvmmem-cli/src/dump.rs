@@ -36,6 +36,7 @@ use crate::output::Output;
 use crate::progress;
 use crate::range::{gaps, in_order, left_out, select};
 use crate::source::ranges;
+use crate::target_run::TargetRun;
 pub(crate) use arguments::Arguments;
 use checkpoint::Checkpoint;
 use digest::Digest;
@@ -79,9 +80,9 @@ impl Arguments {
         let (view, operator) =
             self.source.attach_asking(Access::ReadOnly, "dump", &wanted, asks_vmm)?;
         let interrupt = Interrupt::catch()?;
-        // In this order: a reset in between makes the dump stale.
-        let status = view.status()?;
-        let instance = view.instance()?;
+        // First: a reset after this makes the dump stale.
+        let run = TargetRun::of(&view)?;
+        let (status, instance) = (view.status()?, run.instance());
         let all = ranges(&view)?;
         let reached = select(&wanted, &all)?;
         let left_out = if wanted.is_empty() { gaps(&all) } else { left_out(&wanted, &all) };
@@ -135,7 +136,7 @@ impl Arguments {
             digest,
             layout: &layout,
             checkpoint: &mut checkpoint,
-            generation: status.generation,
+            run,
             interrupt: &interrupt,
             bar: &bar,
             pause,

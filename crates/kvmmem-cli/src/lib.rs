@@ -55,6 +55,7 @@ mod suggestion;
 mod table;
 mod target;
 mod target_name;
+mod target_run;
 mod text_file;
 mod time;
 mod token_file;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, ensure};
 use indicatif::ProgressBar;
-use kvmmem::view::{State, View, ViewError};
+use kvmmem::view::{View, ViewError};
 
 use super::checkpoint::{Checkpoint, REMEDY};
 use super::digest::Digest;
@@ -16,6 +16,7 @@ use super::sink::Sink;
 use crate::interrupt::Interrupt;
 use crate::range::{GpaRange, total};
 use crate::source::data_within;
+use crate::target_run::TargetRun;
 use crate::unreadable::{add, read};
 
 /// Bytes that are read at a time.
@@ -32,8 +33,8 @@ pub(super) struct Transfer<'a> {
     pub(super) digest: Option<Digest>,
     pub(super) layout: &'a Layout,
     pub(super) checkpoint: &'a mut Checkpoint,
-    /// The view's, when the dump began.
-    pub(super) generation: u64,
+    /// The target's, when the dump began.
+    pub(super) run: TargetRun,
     pub(super) interrupt: &'a Interrupt,
     pub(super) bar: &'a ProgressBar,
     /// Ended as soon as all memory is read.
@@ -149,11 +150,10 @@ impl Transfer<'_> {
         Ok(TransferResult { sha256, compressed_bytes, pause })
     }
 
-    /// Whether the target is not the one any more with which the dump began. The end of the view is
-    /// another matter.
+    /// Whether the target is not the one any more with which the dump began. The end of the view
+    /// alone does not change it.
     fn is_stale(&mut self) -> Result<bool> {
-        let now = self.view.status()?;
-        self.checkpoint.is_stale |= now.state == State::Open && now.generation != self.generation;
+        self.checkpoint.is_stale |= self.run.has_ended(self.view)?;
         Ok(self.checkpoint.is_stale)
     }
 

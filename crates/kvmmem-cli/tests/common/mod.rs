@@ -2,9 +2,11 @@
 //! A broker in this process with one registered virtual machine, and the command line.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod blocked;
 pub(crate) mod qemu;
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvmmem_broker::{Broker, Server, ServerError};
-use kvmmem_client::vmm::{Region, Registration, Vcpus, VmIdentity, VmmLink};
+use kvmmem_client::vmm::{Change, Region, Registration, Vcpus, VmIdentity, VmmLink};
 use kvmmem_sys::ram::GuestRam;
 use rustix::process::{Pid, Signal, kill_process};
 use uuid::Uuid;
@@ -120,6 +122,19 @@ impl Host {
         };
         wait_for(Path::new("the target to go"), gone);
         self.vm = Some(register(&self.path("broker.sock"), &self.regions, &self.ram));
+    }
+
+    /// Resets the target. What the broker is asked to do after this, each view is told later.
+    pub(crate) fn reset(&self) {
+        let (_, token) = self.grant(&[]);
+        let mut view = self.view(&token, &["attach", "--hold"]).spawn().unwrap();
+        let mut lines = BufReader::new(view.stdout.take().unwrap()).lines();
+        let mut until = |word: &str| lines.find(|line| line.as_ref().unwrap().starts_with(word));
+        until("attached").unwrap().unwrap();
+        self.vm.as_ref().unwrap().ram_changed(self.regions.clone(), Change::Reset);
+        until("changed").unwrap().unwrap();
+        view.kill().unwrap();
+        view.wait().unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

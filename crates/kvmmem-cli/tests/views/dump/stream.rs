@@ -13,6 +13,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 use super::{dump, part, path};
+use crate::common::blocked::Blocked;
 use crate::common::{Host, finish, signal, wait_for};
 use crate::{host, large};
 
@@ -97,6 +98,26 @@ fn what_cannot_take_a_dump_is_named_and_the_token_is_kept() {
         finish(host.view(&token, &["dump", path(&host).to_str().unwrap()]).spawn().unwrap());
     assert_eq!(ended.code, Some(1));
     assert!(!path(&host).exists() && !part(&host).exists());
+}
+
+#[test]
+fn a_reset_that_the_end_of_the_view_hides_makes_a_dump_stale() {
+    for is_reset in [false, true] {
+        let host = host();
+        // One page at the end, after more zeros than a pipe takes: it is read before them.
+        host.put((20 << 20) - 4, b"data");
+        let (grant, token) = host.grant(&[]);
+        let blocked = Blocked::start(host.view(&token, &["dump", "-"]));
+        if is_reset {
+            host.reset();
+        }
+        host.ask(&["grant", "revoke", &grant]);
+        let (ended, bytes) = blocked.end();
+        assert_eq!(ended.code, Some(i32::from(is_reset)), "{}", ended.stderr);
+        assert!(bytes.ends_with(b"data"));
+        let words = "was reset or resized in the middle of the dump: begin again";
+        assert_eq!(ended.stderr.contains(words), is_reset, "{}", ended.stderr);
+    }
 }
 
 #[test]
