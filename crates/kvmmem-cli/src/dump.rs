@@ -41,7 +41,7 @@ pub(crate) use arguments::Arguments;
 use checkpoint::Checkpoint;
 use digest::Digest;
 use layout::{Format, Layout};
-use path::Kind;
+use path::{Kind, NewFile};
 use record::{Outcome, Record};
 use report::exit_code;
 use sink::Sink;
@@ -118,15 +118,15 @@ impl Arguments {
             }
         };
         let layout = Layout::new(self.format, &checkpoint.ranges, &checkpoint.notes());
-        let is_new = file.is_none();
-        let file = file.map_or_else(|| path::open_file(&self.file, false), Ok)?;
+        let mut new = NewFile::none();
+        let file = file.map_or_else(|| new.create(&self.file), Ok)?;
         let mut sink = Sink::new((file, kind), self.compress, &interrupt, pause.is_some())?;
-        let begun = self.begin(&mut sink, &layout, &checkpoint, resumed);
-        if is_new && begun.is_err() {
-            // There is nothing in it to continue.
-            let _ = std::fs::remove_file(&self.file);
+        let digest = self.begin(&mut sink, &layout, &checkpoint, resumed)?;
+        if matches!(sink, Sink::File(_)) {
+            // From now on it can be continued. A compressed one cannot, nor one without a
+            // checkpoint.
+            new.keep();
         }
-        let digest = begun?;
 
         let bar = progress::bytes(0, output);
         let transferred = Transfer {
@@ -141,12 +141,9 @@ impl Arguments {
             bar: &bar,
             pause,
         }
-        .run();
-        if is_new && transferred.is_err() && matches!(sink, Sink::Stream { .. }) {
-            // A compressed file cannot be continued.
-            let _ = std::fs::remove_file(&self.file);
-        }
-        let TransferResult { sha256, compressed_bytes, pause } = transferred?;
+        .run()?;
+        new.keep();
+        let TransferResult { sha256, compressed_bytes, pause } = transferred;
         let file = self.file.to_string_lossy();
         let outcome = Outcome {
             bytes: layout.len,

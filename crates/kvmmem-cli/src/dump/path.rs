@@ -65,16 +65,52 @@ pub(super) fn open_stream(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Opens a new file, or one to continue.
-pub(super) fn open_file(path: &Path, is_there: bool) -> Result<File> {
-    let open = || {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(!is_there).mode(0o600);
-        let file = options.open(path)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        Ok::<_, io::Error>(file)
-    };
+/// Opens a file to continue.
+pub(super) fn open_file(path: &Path) -> Result<File> {
+    let open = || lock(OpenOptions::new().read(true).write(true).open(path)?);
     open().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn lock(file: File) -> io::Result<File> {
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
+}
+
+/// A new file, which is removed unless it is kept: a dump that fails leaves none that would be in
+/// the way of the next one.
+#[derive(Debug)]
+pub(super) struct NewFile<'a>(Option<&'a Path>);
+
+impl<'a> NewFile<'a> {
+    /// Nothing that is to be removed.
+    pub(super) fn none() -> Self {
+        Self(None)
+    }
+
+    /// Makes a file.
+    pub(super) fn create(&mut self, path: &'a Path) -> Result<File> {
+        let mut create = || {
+            let mut options = OpenOptions::new();
+            let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
+            self.0 = Some(path);
+            lock(file)
+        };
+        create().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// It stays.
+    pub(super) fn keep(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for NewFile<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = self.0 {
+            // The error that was met first is the one to report.
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// Checks that a file can be made at a path.
@@ -112,6 +148,19 @@ mod tests {
         let error = kind(directory.path()).unwrap_err().to_string();
         assert!(error.contains("is a folder"), "{error}");
         check_new(&directory.path().join("new")).unwrap();
+        for is_kept in [false, true] {
+            let path = directory.path().join("new");
+            let mut new = NewFile::none();
+            new.create(&path).unwrap();
+            if is_kept {
+                new.keep();
+            }
+            drop(new);
+            assert_eq!(path.exists(), is_kept);
+            // One that was there is not removed.
+            assert_eq!(NewFile::none().create(&path).is_ok(), !is_kept);
+            assert_eq!(path.exists(), is_kept);
+        }
         let error = check_new(&directory.path().join("none/new")).unwrap_err();
         assert!(format!("{error:#}").contains("No such file"), "{error:#}");
     }

@@ -16,7 +16,7 @@ use super::arguments::Arguments;
 use super::checkpoint::Checkpoint;
 use super::digest::Digest;
 use super::elf::{self, Load};
-use super::path::{self, Kind};
+use super::path::{self, Kind, NewFile};
 use super::pause::{Pause, PauseReport};
 use super::process::{self, Segment};
 use super::process_notes::{Thread, notes};
@@ -111,8 +111,8 @@ impl Arguments {
         let notes = notes(&threads, &auxv, &map);
         let (loads, len) = place(&segments, &notes);
 
-        let is_new = stream.is_none();
-        let opened = stream.map_or_else(|| path::open_file(&self.file, false), Ok)?;
+        let mut new = NewFile::none();
+        let opened = stream.map_or_else(|| new.create(&self.file), Ok)?;
         let mut sink = Sink::new((opened, kind), self.compress, &interrupt, pause.is_some())?;
         let digest = if self.no_hash { None } else { Some(Digest::start()?) };
         let mut writer = Writer {
@@ -128,12 +128,9 @@ impl Arguments {
         bar.finish_and_clear();
         drop(writer.pause.take());
         let unreadable = writer.unreadable;
-        if is_new && written.is_err() {
-            // It cannot be continued: the process has gone on.
-            let _ = std::fs::remove_file(&self.file);
-        }
         let (sha256, compressed_bytes, pause) =
             written.with_context(|| format!("the core in {file} is not complete: begin again"))?;
+        new.keep();
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
         let status = guest.view().map(View::status).transpose()?;
         let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());

@@ -59,7 +59,7 @@ impl Start {
             path::check_new(&record)?;
             return Ok(Self::New);
         };
-        let opened = path::open_file(&arguments.file, true)?;
+        let opened = path::open_file(&arguments.file)?;
         let len =
             arguments.file.metadata().with_context(|| format!("cannot look at {file}"))?.len();
         if let Some(saved) = SavedRecord::load(&record, &checkpoint, len) {
