@@ -11,7 +11,7 @@ use kvmmem_memory::paging::{Absent, WalkError};
 
 use crate::failure::usage;
 use crate::input::{Input, InputMemory};
-use crate::linux::{Choice, find, process};
+use crate::linux::{Choice, RestartCheck, process, with_kernel};
 use crate::number::{Address, Hex, integer, parse};
 use crate::page_tables::with_remedy;
 
@@ -102,9 +102,14 @@ impl Virtual {
 }
 
 impl Linux {
-    /// Finds the kernel.
-    pub(crate) fn kernel<'m>(&self, input: &Input, opened: &'m InputMemory) -> Result<Kernel<'m>> {
-        find(input, opened, self.choice)
+    /// Hands `read` the kernel, and the check that the guest is not restarted meanwhile.
+    pub(crate) fn with_kernel<R>(
+        &self,
+        input: &Input,
+        opened: &InputMemory,
+        read: impl FnOnce(&Kernel<'_>, &RestartCheck<'_>) -> Result<R>,
+    ) -> Result<R> {
+        with_kernel(input, opened, self.choice, read)
     }
 }
 

@@ -18,6 +18,7 @@ mod process;
 mod process_core;
 mod process_notes;
 mod process_record;
+mod process_writer;
 mod record;
 mod report;
 mod sink;

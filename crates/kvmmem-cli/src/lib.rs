@@ -96,7 +96,7 @@ Exit codes:
   2  the command line is wrong; scan: failed
   3  check: something was found; dmesg, files, info, maps, modules, mounts, ps, scan, sockets, strings: some of it could not
      be read
-  4  the verbs about a Linux guest: it was restarted while it was read
+  4  the verbs about a Linux guest, and others with --pid: it was restarted while it was read
 attach, dump, grant revoke, translate and vm have further ones: see their --help. Where the reader of a pipe ends first, as
 head does, the command ends by SIGPIPE (141 in a shell).
 

@@ -6,6 +6,7 @@ mod choice;
 mod damage;
 mod explain;
 mod list;
+mod restart;
 
 use std::process::ExitCode;
 
@@ -13,7 +14,6 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use kvmmem_linux::tasks::{Task, Tasks, Which};
 use kvmmem_linux::{Find, FindError, Kernel, KernelError};
-use kvmmem_memory::Memory;
 
 use crate::failure;
 use crate::input::{Input, InputMemory, Registers};
@@ -23,13 +23,11 @@ pub(crate) use choice::Choice;
 pub(crate) use damage::Damage;
 pub(crate) use explain::explain;
 pub(crate) use list::{Listing, collect};
+pub(crate) use restart::RestartCheck;
 
 /// Exit code where some of what was asked for was not found, or is damaged, and the rest was
 /// printed.
 pub(crate) const INCOMPLETE: u8 = 3;
-
-/// Exit code where the guest was restarted while it was read.
-const RESTARTED: u8 = 4;
 
 #[derive(Args)]
 pub(crate) struct Guest {
@@ -104,41 +102,27 @@ impl Guest {
         read: impl FnOnce(&Kernel<'_>) -> Result<R>,
     ) -> Result<R> {
         let choice = Choice { note: self.note, kernel: self.kernel };
-        let find = |_: &dyn Memory| find_in(&self.input, opened, choice);
-        let result = with_kernel(&opened.name(), opened.memory(), self.is_live(), find, read);
-        result.map_err(|error| explain(error, opened))
+        with_kernel(&self.input, opened, choice, |kernel, _| {
+            read(kernel).map_err(|error| explain(error, opened))
+        })
     }
 }
 
-/// Hands `read` the kernel that `find` finds in the memory of the guest with this name.
-fn with_kernel<'m, R>(
-    name: &str,
-    memory: &'m dyn Memory,
-    is_live: bool,
-    find: impl FnOnce(&'m dyn Memory) -> Result<Kernel<'m>, FindError>,
-    read: impl FnOnce(&Kernel<'_>) -> Result<R>,
-) -> Result<R> {
-    let kernel = find(memory)?;
-    let result = read(&kernel);
-    // The kernel is gone: the result, even one that makes sense, may mix two kernels.
-    if is_live && matches!(kernel.is_in_memory(), Ok(false)) {
-        let restarted = "the guest was restarted while it was read: run the command again";
-        return Err(failure::exit(RESTARTED, format!("{name}: {restarted}")));
-    }
-    result
-}
-
-/// Finds the kernel in the memory that `input` has opened: that of a target, which may run, or of a
-/// dump.
-pub(crate) fn find<'m>(
+/// Hands `read` the kernel in the memory that `input` has opened, that of a target, which may run,
+/// or of a dump; and the check that the guest is not restarted, which comes last in any case.
+pub(crate) fn with_kernel<R>(
     input: &Input,
-    opened: &'m InputMemory,
+    opened: &InputMemory,
     choice: Choice,
-) -> Result<Kernel<'m>> {
-    find_in(input, opened, choice).map_err(|error| explain(error.into(), opened))
+    read: impl FnOnce(&Kernel<'_>, &RestartCheck<'_>) -> Result<R>,
+) -> Result<R> {
+    let restart = RestartCheck::begin(opened)?;
+    let kernel = find(input, opened, choice).map_err(|error| explain(error.into(), opened))?;
+    let result = read(&kernel, &restart);
+    restart.settle(Some(&kernel), result)
 }
 
-fn find_in<'m>(
+fn find<'m>(
     input: &Input,
     opened: &'m InputMemory,
     choice: Choice,
@@ -182,9 +166,6 @@ mod common;
 
 #[cfg(test)]
 mod tests {
-    use anyhow::bail;
-
-    use super::common::{Guest, PAGE_TABLES, Place};
     use super::*;
 
     #[test]
@@ -202,41 +183,5 @@ mod tests {
             "could not be read: at least 2 processes; 1 row in part, marked with ?: the guest's memory is damaged, or changed \
              whenever it was read"
         );
-    }
-
-    #[test]
-    fn a_guest_that_is_restarted_while_it_is_read_is_one_clear_line() {
-        let Place { gpa, .. } = Place::FIRST;
-        let guest = Guest::with(&[Place::FIRST]);
-        let restart = || {
-            guest.put(gpa + PAGE_TABLES, &[0; 0x1000]);
-            guest.boot(&Place::SECOND);
-        };
-        for fails in [true, false] {
-            guest.put(0, &vec![0; common::RAM]);
-            guest.boot(&Place::FIRST);
-            let find = |memory| Kernel::find(memory, Find::default());
-            let error = with_kernel("web-1", &guest, true, find, |_| {
-                restart();
-                if fails {
-                    bail!("garbage")
-                }
-                Ok(())
-            });
-            let error = error.unwrap_err();
-            assert_eq!(failure::exit_code(&error), Some(RESTARTED));
-            let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-            assert_eq!(
-                chain,
-                ["web-1: the guest was restarted while it was read: run the command again"]
-            );
-        }
-        // Other errors stay what they are.
-        let other = |_: &Kernel<'_>| -> Result<()> { bail!("garbage") };
-        let second = Find { note: Some(Place::SECOND.note), ..Find::default() };
-        let error =
-            with_kernel("web-1", &guest, true, |memory| Kernel::find(memory, second), other)
-                .unwrap_err();
-        assert_eq!(error.to_string(), "garbage");
     }
 }

@@ -64,7 +64,13 @@ With --pid, memory that the process may not access (PROT_NONE) is read as well. 
 never used, was swapped out or is still in its file, ends the read.
 
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given, or
-from a dump file.";
+from a dump file.
+
+Exit codes:
+  0  done
+  1  failed, standard error says why
+  2  the command line is wrong
+  4  with --pid or --cr3 kernel: the guest was restarted while it was read";
 
 const SOURCE_HELP: &str = "\
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.";
@@ -96,9 +102,10 @@ impl Read {
         }
         if let Some(linux) = self.space.linux()? {
             let opened = self.input.open("read", &[])?;
-            let kernel = linux.kernel(&self.input, &opened)?;
-            let space = LinuxSpace::new(&kernel, &linux, &self.input)?;
-            return self.print(output, |at, buf| space.read(at, buf));
+            return linux.with_kernel(&self.input, &opened, |kernel, _| {
+                let space = LinuxSpace::new(kernel, &linux, &self.input)?;
+                self.print(output, |at, buf| space.read(at, buf))
+            });
         }
         if let Some(vcpu) = self.space.vcpu {
             let (opened, space) = self.input.open_at_vcpu("read", vcpu)?;

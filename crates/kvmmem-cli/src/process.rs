@@ -11,7 +11,7 @@ use kvmmem_memory::paging::AddressSpace;
 use kvmmem_memory::{Memory, MemoryError, Range, VectoredError};
 
 use crate::input::{Input, InputMemory};
-use crate::linux::{Choice, find, process};
+use crate::linux::{Choice, RestartCheck, process, with_kernel};
 use crate::number::{Address, Hex, integer, parse};
 use crate::range::GpaRange;
 
@@ -75,19 +75,26 @@ impl Process {
         act: impl FnOnce(&dyn Memory) -> Result<R>,
     ) -> Result<R> {
         let memory = opened.memory();
-        let extents = match (self.pid, space, self.vcpu) {
+        match (self.pid, space, self.vcpu) {
             (Some(pid), ..) => {
-                let kernel = find(input, opened, Choice { note: self.note, kernel: self.kernel })?;
-                let space = kernel.space_of(&process(&kernel, pid, &input.arguments())?)?;
-                in_memory(&space, &format!("process {pid}"))?
+                let choice = Choice { note: self.note, kernel: self.kernel };
+                with_kernel(input, opened, choice, |kernel, _| {
+                    let space = kernel.space_of(&process(kernel, pid, &input.arguments())?)?;
+                    let extents = in_memory(&space, &format!("process {pid}"))?;
+                    act(&ProcessMemory { memory, extents })
+                })
             }
             (None, Some(space), Some(vcpu)) => {
+                let restart = RestartCheck::begin(opened)?;
                 let on = format!("the process on vCPU {vcpu} (CR3 {:#x})", space.cr3);
-                in_memory(&Space::new(memory, space, 0), &on)?
+                let extents = in_memory(&Space::new(memory, space, 0), &on);
+                restart.settle(
+                    None,
+                    extents.and_then(|extents| act(&ProcessMemory { memory, extents })),
+                )
             }
-            _ => return act(memory),
-        };
-        act(&ProcessMemory { memory, extents })
+            _ => act(memory),
+        }
     }
 }
 

@@ -117,7 +117,8 @@ Exit codes:
   0  something was found
   1  nothing was found
   2  failed, standard error says why; or the command line is wrong
-  3  some memory could not be read, standard error says which; what the rest holds was printed";
+  3  some memory could not be read, standard error says which; what the rest holds was printed
+  4  with --pid or --vcpu: the guest was restarted while it was read";
 
 fn parse_around(text: &str) -> Result<u64, String> {
     match parse(text)? {

@@ -63,7 +63,8 @@ Exit codes:
   0  all memory was searched
   1  failed, standard error says why
   2  the command line is wrong
-  3  some memory could not be read, standard error says which; the strings in the rest were printed";
+  3  some memory could not be read, standard error says which; the strings in the rest were printed
+  4  with --pid or --vcpu: the guest was restarted while it was read";
 
 /// A string, as JSON.
 #[derive(Serialize)]

@@ -53,6 +53,14 @@ impl TargetRun {
         Ok(self.change_of(view)? != RunChange::Nothing)
     }
 
+    /// Whether the target was reset since: RAM that is added leaves the rest as it was.
+    ///
+    /// # Errors
+    /// As [`TargetRun::has_ended`].
+    pub(crate) fn was_reset(&self, view: &View) -> Result<bool> {
+        Ok(self.change_of(view)? == RunChange::Reset)
+    }
+
     fn change_of(&self, view: &View) -> Result<RunChange> {
         for _ in 0..TRIES {
             let (status, instance) = (view.status()?, view.instance()?);

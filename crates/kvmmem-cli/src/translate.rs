@@ -52,7 +52,8 @@ Exit codes:
   0  every address is mapped
   1  failed, standard error says why
   2  the command line is wrong
-  3  an address is not mapped, or its tables are not in memory; each address has its line";
+  3  an address is not mapped, or its tables are not in memory; each address has its line
+  4  with --pid, or the kernel's tables: the guest was restarted while they were read";
 
 /// An address, as JSON.
 #[derive(Serialize)]
@@ -97,12 +98,13 @@ impl Arguments {
         let (space, gvas) = self.places()?;
         if let Some(linux) = space.linux()? {
             let opened = self.input.open("translate", &[])?;
-            let kernel = linux.kernel(&self.input, &opened)?;
-            let space = LinuxSpace::new(&kernel, &linux, &self.input)?;
-            let walk = |gva| space.space.walk(gva);
-            let is_local = kvmmem_memory::MemoryError::is_local;
-            return self.print(output, &gvas, space.space.levels(), walk, is_local, |error| {
-                space.remedy(error)
+            return linux.with_kernel(&self.input, &opened, |kernel, _| {
+                let space = LinuxSpace::new(kernel, &linux, &self.input)?;
+                let walk = |gva| space.space.walk(gva);
+                let is_local = kvmmem_memory::MemoryError::is_local;
+                self.print(output, &gvas, space.space.levels(), walk, is_local, |error| {
+                    space.remedy(error)
+                })
             });
         }
         let (mut memory, tables) = if let Some(vcpu) = space.vcpu {

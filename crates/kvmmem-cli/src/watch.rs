@@ -10,12 +10,14 @@ use anyhow::{Result, bail};
 use clap::Args;
 use kvmmem::view::Event;
 use kvmmem_linux::Space;
+use kvmmem_linux::tasks::Task;
 use kvmmem_memory::Memory;
 
 use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::input::{Input, InputMemory};
 use crate::interrupt::Interrupt;
+use crate::linux::RestartCheck;
 use crate::number::{integer, parse, parse_length};
 use crate::output::Output;
 use crate::range::pages;
@@ -59,7 +61,8 @@ the command begins. A dump file does not change.
 Exit codes:
   0  interrupted, or COUNT looks taken
   1  failed, or the view has ended; standard error says why
-  2  the command line is wrong";
+  2  the command line is wrong
+  4  with --pid, --vcpu or --cr3 kernel: the guest was restarted";
 
 /// A length that can be watched.
 fn parse_watched(text: &str) -> Result<u64, String> {
@@ -88,11 +91,12 @@ impl Arguments {
         }
         if let Some(vcpu) = space.vcpu {
             let (opened, space) = self.input.open_at_vcpu("watch", vcpu)?;
+            let restart = RestartCheck::begin(&opened)?;
             let space = Space::new(opened.memory(), space, 0);
             return self.watch(&opened, output, |bytes| {
                 // The guest changes its page tables.
                 space.forget();
-                Ok(space.read(address, bytes)?)
+                restart.settle(None, space.read(address, bytes).map_err(Into::into))
             });
         }
         let wanted = if linux.is_some() { Vec::new() } else { vec![pages(address, len)] };
@@ -103,16 +107,18 @@ impl Arguments {
                 InputMemory::File(file) => Ok(file.read_at(address, bytes)?),
             });
         };
-        let kernel = linux.kernel(&self.input, &opened)?;
-        let first =
-            LinuxSpace::new(&kernel, &linux, &self.input)?.task.map(|task| (task.gva, task.start));
-        self.watch(&opened, output, |bytes| {
-            // The guest changes its page tables, and gives its numbers of processes to others.
-            let now = LinuxSpace::new(&kernel, &linux, &self.input)?;
-            if now.task.as_ref().map(|task| (task.gva, task.start)) != first {
-                bail!("the process has ended, and its number belongs to another one");
-            }
-            now.read(address, bytes).1.map_or(Ok(()), Err)
+        linux.with_kernel(&self.input, &opened, |kernel, restart| {
+            let same = |task: &Task| (task.gva, task.start);
+            let first = LinuxSpace::new(kernel, &linux, &self.input)?.task.as_ref().map(same);
+            let look = |bytes: &mut [u8]| {
+                // The guest changes its page tables, and gives its numbers of processes to others.
+                let now = LinuxSpace::new(kernel, &linux, &self.input)?;
+                if now.task.as_ref().map(same) != first {
+                    bail!("the process has ended, and its number belongs to another one");
+                }
+                now.read(address, bytes).1.map_or(Ok(()), Err)
+            };
+            self.watch(&opened, output, |bytes| restart.settle(Some(kernel), look(bytes)))
         })
     }
 

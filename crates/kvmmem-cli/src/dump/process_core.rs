@@ -3,13 +3,14 @@
 //! core, as the kernel would write it (core(5)): gdb opens it with the process's program and
 //! libraries.
 
+use std::fs::File;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use kvmmem::view::{Access, View};
 use kvmmem_linux::maps::Maps;
 use kvmmem_linux::tasks::{Tasks, Which};
-use kvmmem_linux::{Find, Kernel, Space};
+use kvmmem_linux::{Find, Kernel};
 use kvmmem_memory::{DumpFile, PAGE_SIZE};
 
 use super::arguments::Arguments;
@@ -17,14 +18,15 @@ use super::checkpoint::Checkpoint;
 use super::digest::Digest;
 use super::elf::{self, Load};
 use super::path::{self, Kind, NewFile};
-use super::pause::{Pause, PauseReport};
+use super::pause::Pause;
 use super::process::{self, Segment};
 use super::process_notes::{Thread, notes};
 use super::process_record::CoreRecord;
+use super::process_writer::{WriteResult, Writer};
 use super::sink::Sink;
 use crate::input::InputMemory;
 use crate::interrupt::Interrupt;
-use crate::linux::{collect, explain, no_process};
+use crate::linux::{RestartCheck, collect, explain, no_process};
 use crate::number::count;
 use crate::output::Output;
 use crate::process::mapped;
@@ -32,17 +34,22 @@ use crate::progress;
 use crate::shell::quote;
 use crate::unreadable::UNREADABLE;
 
-/// Bytes that are read at a time.
-const CHUNK: u64 = 1 << 20;
-
-/// A process that is being written.
-struct Writer<'a> {
-    space: &'a Space<'a>,
-    sink: &'a mut Sink,
-    digest: Option<Digest>,
-    interrupt: &'a Interrupt,
+/// What a core is written with.
+struct Tools {
+    /// An open stream; else a file is made once there is something to write.
+    stream: Option<File>,
+    kind: Kind,
+    interrupt: Interrupt,
     pause: Option<Pause>,
-    unreadable: u64,
+}
+
+/// A core that is complete.
+struct Core {
+    threads: Vec<Thread>,
+    loads: Vec<Load>,
+    len: u64,
+    is_torn: bool,
+    written: WriteResult,
 }
 
 impl Arguments {
@@ -87,18 +94,68 @@ impl Arguments {
             cr3: guest.cr3(),
             ..Find::default()
         };
+        let restart = RestartCheck::begin(&guest)?;
         let kernel =
             Kernel::find(guest.memory(), find).map_err(|error| explain(error.into(), &guest))?;
-        let threads = threads(&kernel, pid)?;
+        let tools = Tools { stream, kind, interrupt, pause };
+        let core = self
+            .write_core(&kernel, pid, tools, &|| restart.check(Some(&kernel)), output)
+            .or_else(|error| restart.settle(Some(&kernel), Err(error)))?;
+        let Core { threads, loads, len, is_torn, written } = core;
+        let WriteResult { sha256, compressed_bytes, pause, unreadable } = written;
+        let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
+        let status = guest.view().map(View::status).transpose()?;
+        let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());
+        let record = CoreRecord {
+            kvmmem: env!("CARGO_PKG_VERSION"),
+            file: &self.file.to_string_lossy(),
+            compression: self.compress,
+            target: status.map(|status| uuid::Uuid::from_bytes(status.uuid)),
+            name: guest.view().and_then(View::name),
+            dump: dump.as_deref(),
+            pid,
+            comm: threads.first().map_or("", |(leader, _)| &leader.comm),
+            bytes: len,
+            compressed_bytes,
+            mapped_bytes: sum(|load| load.len),
+            memory_bytes: sum(|load| load.file_len),
+            unreadable_bytes: unreadable,
+            threads: threads.len(),
+            without_registers: threads
+                .iter()
+                .filter_map(|(task, registers)| registers.is_none().then_some(task.tid))
+                .collect(),
+            torn: is_torn,
+            sha256,
+            pause,
+        };
+        if let Some(path) = record_path {
+            record.save(&path)?;
+        }
+        record.print(output)?;
+        Ok(if unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
+    }
+
+    /// Writes a process that is found in the guest. `check` fails where what was read does not
+    /// belong together.
+    fn write_core(
+        &self,
+        kernel: &Kernel<'_>,
+        pid: u32,
+        Tools { stream, kind, interrupt, pause }: Tools,
+        check: &dyn Fn() -> Result<()>,
+        output: &Output,
+    ) -> Result<Core> {
+        let threads = threads(kernel, pid)?;
         let (leader, _) = threads.first().with_context(|| {
             let arguments = match &self.dump {
                 Some(dump) => format!(" --file {}", quote(dump)),
                 None => self.source.arguments(),
             };
-            no_process(&kernel, pid, &arguments)
+            no_process(kernel, pid, &arguments)
         })?;
         let space = kernel.space_of(leader)?;
-        let map = Maps::new(&kernel)?.of(leader)?;
+        let map = Maps::new(kernel)?.of(leader)?;
         if map.is_damaged() {
             tracing::warn!(
                 "mappings of process {pid} cannot be read: the core lacks them, or their files' names"
@@ -115,53 +172,16 @@ impl Arguments {
         let opened = stream.map_or_else(|| new.create(&self.file), Ok)?;
         let mut sink = Sink::new((opened, kind), self.compress, &interrupt, pause.is_some())?;
         let digest = if self.no_hash { None } else { Some(Digest::start()?) };
-        let mut writer = Writer {
-            space: &space,
-            sink: &mut sink,
-            digest,
-            interrupt: &interrupt,
-            pause,
-            unreadable: 0,
-        };
+        let writer =
+            Writer { space: &space, sink: &mut sink, digest, interrupt: &interrupt, pause, check };
         let bar = progress::bytes(loads.iter().map(|load| load.file_len).sum(), output);
         let written = writer.write(&elf::head(&loads, &notes), &loads, len, |count| bar.inc(count));
         bar.finish_and_clear();
-        drop(writer.pause.take());
-        let unreadable = writer.unreadable;
-        let (sha256, compressed_bytes, pause) =
-            written.with_context(|| format!("the core in {file} is not complete: begin again"))?;
+        let written = written.with_context(|| {
+            format!("the core in {} is not complete: begin again", self.file.display())
+        })?;
         new.keep();
-        let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
-        let status = guest.view().map(View::status).transpose()?;
-        let dump = self.dump.as_ref().map(|dump| dump.to_string_lossy());
-        let record = CoreRecord {
-            kvmmem: env!("CARGO_PKG_VERSION"),
-            file: &self.file.to_string_lossy(),
-            compression: self.compress,
-            target: status.map(|status| uuid::Uuid::from_bytes(status.uuid)),
-            name: guest.view().and_then(View::name),
-            dump: dump.as_deref(),
-            pid,
-            comm: &leader.comm,
-            bytes: len,
-            compressed_bytes,
-            mapped_bytes: sum(|load| load.len),
-            memory_bytes: sum(|load| load.file_len),
-            unreadable_bytes: unreadable,
-            threads: threads.len(),
-            without_registers: threads
-                .iter()
-                .filter_map(|(task, registers)| registers.is_none().then_some(task.tid))
-                .collect(),
-            torn: map.is_torn,
-            sha256,
-            pause,
-        };
-        if let Some(path) = record_path {
-            record.save(&path)?;
-        }
-        record.print(output)?;
-        Ok(if unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
+        Ok(Core { threads, loads, len, is_torn: map.is_torn, written })
     }
 }
 
@@ -206,45 +226,4 @@ fn place(segments: &[Segment], notes: &[u8]) -> (Vec<Load>, u64) {
         end += file_len;
     }
     (loads, end)
-}
-
-/// Digest, length of what was compressed, and the pause.
-type Written = (Option<String>, Option<u64>, Option<PauseReport>);
-
-impl Writer<'_> {
-    fn write(
-        &mut self,
-        head: &[u8],
-        loads: &[Load],
-        len: u64,
-        progress: impl Fn(u64),
-    ) -> Result<Written> {
-        self.put(0, head)?;
-        let mut buffer = vec![0; usize::try_from(CHUNK)?];
-        for load in loads {
-            let mut done = 0;
-            while done < load.file_len {
-                ensure!(!self.interrupt.has_come(), "interrupted");
-                if let Some(pause) = &self.pause {
-                    pause.check().context("the target runs again before the process is dumped")?;
-                }
-                let step = CHUNK.min(load.file_len - done);
-                let part =
-                    buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;
-                self.unreadable += process::read(self.space, load.virtual_address + done, part);
-                self.put(load.offset + done, part)?;
-                done += step;
-                progress(step);
-            }
-        }
-        let pause = self.pause.take().map(Pause::end).transpose()?;
-        let compressed_bytes = self.sink.finish(len)?;
-        let sha256 = self.digest.take().map(|digest| digest.finish(len)).transpose()?;
-        Ok((sha256, compressed_bytes, pause))
-    }
-
-    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.sink.put(offset, bytes)?;
-        self.digest.as_mut().map_or(Ok(()), |digest| digest.put(offset, bytes))
-    }
 }

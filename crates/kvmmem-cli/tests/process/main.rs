@@ -8,3 +8,4 @@ mod builder;
 mod common;
 mod failure;
 mod guest;
+mod restart;
