@@ -3,12 +3,13 @@
 //! segments of a core.
 
 use anyhow::{Result, ensure};
-use kvmmem_linux::Space;
 use kvmmem_linux::maps::{Mapping, MemoryMap};
 use kvmmem_linux::space::Extent;
-use kvmmem_memory::PAGE_SIZE;
+use kvmmem_linux::{Space, SpaceError};
+use kvmmem_memory::paging::WalkError;
 
-use crate::range::GpaRange;
+use crate::range::{GpaRange, total};
+use crate::unreadable;
 
 /// The most segments of a core: their headers have 56 MiB then.
 const MAX_SEGMENTS: usize = 1 << 20;
@@ -62,18 +63,20 @@ pub(super) fn segments(map: &MemoryMap, extents: &[Extent]) -> Result<Vec<Segmen
 
 /// Reads as much as can be, page by page; what cannot be read is zeros. Returns how many bytes that
 /// is.
-pub(super) fn read(space: &Space<'_>, gva: u64, buffer: &mut [u8]) -> u64 {
-    if space.read(gva, buffer).is_ok() {
-        return 0;
+///
+/// # Errors
+/// The one after which nothing can be read: the view has ended.
+pub(super) fn read(space: &Space<'_>, gva: u64, buffer: &mut [u8]) -> Result<u64, SpaceError> {
+    let read = |gva: u64, buffer: &mut [u8]| space.read(gva, buffer);
+    Ok(total(&unreadable::read(gva, buffer, read, is_local)?.0))
+}
+
+/// Whether other addresses can still be read.
+fn is_local(error: &SpaceError) -> bool {
+    match error {
+        WalkError::Page { source, .. } | WalkError::Table { source, .. } => source.is_local(),
+        _ => true,
     }
-    let mut unreadable = 0;
-    for (page, at) in buffer.chunks_mut(PAGE_SIZE).zip((gva..).step_by(PAGE_SIZE)) {
-        if space.read(at, page).is_err() {
-            page.fill(0);
-            unreadable += page.len() as u64;
-        }
-    }
-    unreadable
 }
 
 fn flags(mapping: &Mapping) -> u32 {
@@ -85,7 +88,62 @@ fn flags(mapping: &Mapping) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use kvmmem_memory::paging::{AddressSpace, Levels};
+    use kvmmem_memory::{Memory, MemoryError, Range};
+
     use super::*;
+
+    /// Tables that map eight pages from 0x1000 on, of which the one at gpa 0x2000 is lost; the view
+    /// ends with the one at this address.
+    struct Ram {
+        ended_at: u64,
+    }
+
+    impl Memory for Ram {
+        fn read_at(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+            let range = gpa..gpa + buf.len() as u64;
+            if range.contains(&self.ended_at) {
+                return Err(MemoryError::Ended("the grant was revoked".into()));
+            }
+            if range.contains(&0x2000) {
+                return Err(MemoryError::Unreadable { gpa, source: "bad sector".into() });
+            }
+            buf.fill(7);
+            let mut put = |at: u64, word: u64| {
+                if let Some(at) = at.checked_sub(gpa).and_then(|at| usize::try_from(at).ok())
+                    && let Some(place) = buf.get_mut(at..at + 8)
+                {
+                    place.copy_from_slice(&word.to_le_bytes());
+                }
+            };
+            for (table, next) in [(0xa000, 0xb000), (0xb000, 0xc000), (0xc000, 0xd000)] {
+                put(table, next | 7);
+            }
+            (1..9).for_each(|page| put(0xd000 + 8 * page, page << 12 | 7));
+            Ok(())
+        }
+
+        fn ranges(&self) -> Result<Vec<Range>, MemoryError> {
+            Ok(vec![Range { gpa: 0, len: 0x1_0000 }])
+        }
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_is_zeros_and_the_end_of_the_view_is_an_error() {
+        let root = AddressSpace { cr3: 0xa000, levels: Levels::Four };
+        let mut buffer = vec![1; 0x4000];
+        let ram = Ram { ended_at: u64::MAX };
+        assert_eq!(read(&Space::new(&ram, root, 0), 0x1000, &mut buffer).unwrap(), 0x1000);
+        let pages: Vec<u8> = buffer.chunks(0x1000).map(|page| page[0]).collect();
+        assert_eq!(pages, [7, 0, 7, 7]);
+        // In a page, and in a table.
+        for ended_at in [0x3000, 0xd010] {
+            let ram = Ram { ended_at };
+            let error = read(&Space::new(&ram, root, 0), 0x1000, &mut buffer).unwrap_err();
+            let error = format!("{:#}", anyhow::Error::from(error));
+            assert!(error.ends_with("the grant was revoked"), "{ended_at:#x}: {error}");
+        }
+    }
 
     #[test]
     fn only_what_is_in_memory_has_bytes() {

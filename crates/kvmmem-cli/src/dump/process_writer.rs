@@ -57,7 +57,7 @@ impl Writer<'_> {
                 let step = CHUNK.min(load.file_len - done);
                 let part =
                     buffer.get_mut(..usize::try_from(step)?).context("the buffer is too small")?;
-                unreadable += process::read(self.space, load.virtual_address + done, part);
+                unreadable += process::read(self.space, load.virtual_address + done, part)?;
                 self.put(load.offset + done, part)?;
                 done += step;
                 progress(step);

@@ -67,14 +67,14 @@ fn a_reset_counts_as_a_restart_also_where_the_view_has_ended_since() {
 
 /// Dumps the process to a file, does something while that is under way, and returns the exit code
 /// and standard error; `None` where the dump was too quick.
-fn dump_to_file(host: &Host, act: impl FnOnce()) -> Option<(Option<i32>, String)> {
+fn dump_to_file(host: &Host, act: impl FnOnce(&str)) -> Option<(Option<i32>, String)> {
     let file = host.path("core");
-    let (_, token) = host.grant(&[]);
+    let (grant, token) = host.grant(&[]);
     let arguments = ["dump", file.to_str().unwrap(), "--pid", PID];
     let child = host.view(&token, &arguments).spawn().unwrap();
     wait_for(&file, |file| fs::metadata(file).is_ok_and(|file| file.len() > SMALL));
     stop(&child);
-    act();
+    act(&grant);
     signal(&child, Signal::CONT);
     let ended = finish(child);
     if ended.code == Some(0) {
@@ -86,12 +86,36 @@ fn dump_to_file(host: &Host, act: impl FnOnce()) -> Option<(Option<i32>, String)
 }
 
 #[test]
-fn a_core_that_mixes_two_boots_is_removed() {
+fn a_core_that_mixes_two_boots_or_ends_with_the_view_is_removed() {
     let len = 64 << 20;
     let memory = memory(&guest(len), len);
     let host = target(&memory);
-    if let Some((code, stderr)) = dump_to_file(&host, || restart(&host)) {
+    if let Some((code, stderr)) = dump_to_file(&host, |_| restart(&host)) {
         assert_eq!((code, stderr), (Some(4), format!("error: the target: {RESTARTED}")));
+    }
+    ram(&host).write_all_at(&memory[..RAM], 0).unwrap();
+    let revoke = |grant: &str| {
+        // A process that does not run cannot confirm it.
+        assert_eq!(host.run(&["grant", "revoke", grant]).code, Some(3));
+    };
+    if let Some((code, stderr)) = dump_to_file(&host, revoke) {
+        assert_eq!(code, Some(1), "{stderr}");
+        for words in ["is not complete: begin again", "the grant was revoked"] {
+            assert!(stderr.contains(words), "{words}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn the_end_of_the_view_is_no_memory_that_cannot_be_read() {
+    let host = target(&memory(&guest(LARGE), LARGE));
+    let (grant, token) = host.grant(&[]);
+    let blocked = Blocked::start(host.view(&token, &["dump", "-", "--pid", PID]));
+    host.ask(&["grant", "revoke", &grant]);
+    let (ended, _) = blocked.end();
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    for words in ["the core in - is not complete: begin again", "the grant was revoked"] {
+        assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
     }
 }
 
