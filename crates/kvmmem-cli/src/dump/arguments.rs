@@ -87,7 +87,8 @@ Exit codes:
   0  the file is complete
   1  failed, or interrupted; where standard error says so, --resume goes on
   2  the command line is wrong
-  3  the file is complete, but for memory that could not be read: zeros are in its place
+  3  the file is complete, but for memory that could not be read: zeros are in its place; with --pid, also for mappings or
+     threads: standard error says which
   4  with --pid: the guest was restarted while it was read; the file is removed";
 
 /// The vCPUs' registers, or why they are not known.

@@ -46,9 +46,12 @@ struct Tools {
 /// A core that is complete.
 struct Core {
     threads: Vec<Thread>,
+    /// Threads of the guest that could not be read: some may be the process's.
+    lost_threads: usize,
     loads: Vec<Load>,
     len: u64,
     is_torn: bool,
+    is_damaged: bool,
     written: WriteResult,
 }
 
@@ -101,7 +104,7 @@ impl Arguments {
         let core = self
             .write_core(&kernel, pid, tools, &|| restart.check(Some(&kernel)), output)
             .or_else(|error| restart.settle(Some(&kernel), Err(error)))?;
-        let Core { threads, loads, len, is_torn, written } = core;
+        let Core { threads, lost_threads, loads, len, is_torn, is_damaged, written } = core;
         let WriteResult { sha256, compressed_bytes, pause, unreadable } = written;
         let sum = |is_counted: fn(&Load) -> u64| loads.iter().map(is_counted).sum();
         let status = guest.view().map(View::status).transpose()?;
@@ -121,11 +124,13 @@ impl Arguments {
             memory_bytes: sum(|load| load.file_len),
             unreadable_bytes: unreadable,
             threads: threads.len(),
+            lost_threads,
             without_registers: threads
                 .iter()
                 .filter_map(|(task, registers)| registers.is_none().then_some(task.tid))
                 .collect(),
             torn: is_torn,
+            damaged: is_damaged,
             sha256,
             pause,
         };
@@ -133,7 +138,8 @@ impl Arguments {
             record.save(&path)?;
         }
         record.print(output)?;
-        Ok(if unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
+        let is_whole = unreadable == 0 && !is_damaged && lost_threads == 0;
+        Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::from(UNREADABLE) })
     }
 
     /// Writes a process that is found in the guest. `check` fails where what was read does not
@@ -146,7 +152,7 @@ impl Arguments {
         check: &dyn Fn() -> Result<()>,
         output: &Output,
     ) -> Result<Core> {
-        let threads = threads(kernel, pid)?;
+        let (threads, lost_threads) = threads(kernel, pid)?;
         let (leader, _) = threads.first().with_context(|| {
             let arguments = match &self.dump {
                 Some(dump) => format!(" --file {}", quote(dump)),
@@ -156,6 +162,10 @@ impl Arguments {
         })?;
         let space = kernel.space_of(leader)?;
         let map = Maps::new(kernel)?.of(leader)?;
+        let has_damaged_thread = threads.iter().any(|(task, _)| task.is_damaged);
+        if has_damaged_thread {
+            tracing::warn!("of a thread of process {pid} its name, ids or state cannot be read");
+        }
         if map.is_damaged() {
             tracing::warn!(
                 "mappings of process {pid} cannot be read: the core lacks them, or their files' names"
@@ -181,12 +191,14 @@ impl Arguments {
             format!("the core in {} is not complete: begin again", self.file.display())
         })?;
         new.keep();
-        Ok(Core { threads, loads, len, is_torn: map.is_torn, written })
+        let (is_torn, is_damaged) = (map.is_torn, map.is_damaged() || has_damaged_thread);
+        Ok(Core { threads, lost_threads, loads, len, is_torn, is_damaged, written })
     }
 }
 
-/// The threads of a process, its leader first, with their registers.
-fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
+/// The threads of a process, its leader first, with their registers; and how many threads of the
+/// guest cannot be read.
+fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<(Vec<Thread>, usize)> {
     let mut threads = Vec::new();
     let tasks = collect(|| Tasks::new(kernel, Which::Threads))?;
     if tasks.lost > 0 {
@@ -203,7 +215,7 @@ fn threads(kernel: &Kernel<'_>, pid: u32) -> Result<Vec<Thread>> {
         let registers = kernel.user_registers(&task)?;
         threads.push((task, registers));
     }
-    Ok(threads)
+    Ok((threads, tasks.lost))
 }
 
 /// The program headers of the segments, and the length of the file.

@@ -40,11 +40,16 @@ pub(super) struct CoreRecord<'a> {
     pub(super) memory_bytes: u64,
     /// How many of these could not be read: they are zeros.
     pub(super) unreadable_bytes: u64,
-    /// How many threads there are, and those without registers, which are zeros: they run.
+    /// How many threads there are, and how many of the guest's could not be read: some may be the
+    /// process's.
     pub(super) threads: usize,
+    pub(super) lost_threads: usize,
+    /// The threads without registers, which are zeros: they run.
     pub(super) without_registers: Vec<u32>,
     /// Whether the process changed its mappings during every read.
     pub(super) torn: bool,
+    /// Whether mappings, or the names of their files, or something of a thread, could not be read.
+    pub(super) damaged: bool,
     pub(super) sha256: Option<String>,
     pub(super) pause: Option<PauseReport>,
 }

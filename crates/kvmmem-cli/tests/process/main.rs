@@ -6,6 +6,7 @@
 mod builder;
 #[path = "../common/mod.rs"]
 mod common;
+mod damage;
 mod failure;
 mod guest;
 mod restart;
