@@ -68,7 +68,7 @@ of them could not be read (\"damaged\" in JSON): these are ? or, in JSON, null.
 Namespaces are the inode numbers that /proc/PID/ns shows. The environment is that which the process was started with, as far as it
 is in memory and was not written over.
 
-With --watch, what starts and ends between two looks is not seen. On a terminal what has started in the last 10 s is green and what
+With --watch, what starts and ends between two looks is not seen; the exit code is that of the last look. On a terminal what has started in the last 10 s is green and what
 has ended red, above the others; the arrows scroll, q ends. Elsewhere each line has the seconds since the first look; with --json the
 event is \"started\" or \"ended\", with the milliseconds and the values of the process.
 
@@ -83,14 +83,18 @@ impl Arguments {
     pub(crate) fn run(&self, output: &mut Output) -> Result<ExitCode> {
         let which = if self.threads { Which::Threads } else { Which::Processes };
         if self.watch {
-            self.guest.with_kernel("ps", |kernel| {
-                let list = || collect(|| Tasks::new(kernel, which));
-                live::watch(kernel, self.threads, (self.interval, self.count), list, output)
+            let damage = self.guest.with_kernel("ps", |kernel| {
+                let look = || {
+                    let tasks = collect(|| Tasks::new(kernel, which))?;
+                    let damage = self.damage(&tasks);
+                    Ok((tasks, damage))
+                };
+                live::watch(kernel, self.threads, (self.interval, self.count), look, output)
             })?;
-            return Ok(ExitCode::SUCCESS);
+            return self.guest.end(damage);
         }
         let wants_more = output.is_json() || self.exe || self.namespaces || self.env;
-        let (Listing { rows: tasks, lost }, more) = self.guest.with_kernel("ps", |kernel| {
+        let (tasks, more) = self.guest.with_kernel("ps", |kernel| {
             let mut tasks =
                 collect(|| Tasks::new(kernel, which)).context("cannot list the processes")?;
             if !wants_more {
@@ -104,10 +108,8 @@ impl Arguments {
                 .collect::<Result<Vec<_>, _>>()?;
             Ok((tasks, more))
         })?;
-        let mut damage = Damage::default();
-        let names = if self.threads { ("thread", "threads") } else { ("process", "processes") };
-        damage.missing(lost, names.0, names.1);
-        damage.marked(tasks.iter().map(|task| task.is_damaged));
+        let damage = self.damage(&tasks);
+        let tasks = tasks.rows;
         let order = if self.tree {
             tree::order(&tasks)
         } else {
@@ -125,6 +127,15 @@ impl Arguments {
             |(task, more, depth)| self.row(task, more.unwrap_or(&nothing), depth),
         )?;
         self.guest.end(damage)
+    }
+
+    /// What of the tasks could not be read.
+    fn damage(&self, tasks: &Listing<Task>) -> Damage {
+        let mut damage = Damage::default();
+        let names = if self.threads { ("thread", "threads") } else { ("process", "processes") };
+        damage.missing(tasks.lost, names.0, names.1);
+        damage.marked(tasks.rows.iter().map(|task| task.is_damaged));
+        damage
     }
 
     /// Looks up what the options of `ps` add to a row. Where some of that cannot be read, the

@@ -9,6 +9,11 @@ pub(crate) struct Damage {
 }
 
 impl Damage {
+    /// Whether there is something.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.marked == 0
+    }
+
     /// Adds things that are missing.
     pub(crate) fn missing(&mut self, count: usize, one: &str, many: &str) {
         if count > 0 {

@@ -15,7 +15,7 @@ use super::screen::Screen;
 use super::task_line::{TaskLine, command};
 use crate::escape::escape;
 use crate::interrupt::Interrupt;
-use crate::linux::Listing;
+use crate::linux::{Damage, Listing};
 use crate::output::Output;
 use crate::table::or_unknown;
 
@@ -38,17 +38,23 @@ enum Display<'a> {
     Lines(&'a mut Output),
 }
 
-/// Looks again and again, `count` times or until interrupted.
+/// Looks again and again, `count` times or until interrupted. Returns what could not be read at the
+/// last look, as [`super`] reports it of its only one.
 pub(super) fn watch(
     kernel: &Kernel<'_>,
     has_thread: bool,
     (interval, count): (Duration, Option<u64>),
-    list: impl Fn() -> Result<Listing<Task>, KernelError>,
+    look: impl Fn() -> Result<(Listing<Task>, Damage), KernelError>,
     output: &mut Output,
-) -> Result<()> {
+) -> Result<Damage> {
     let interrupt = Interrupt::catch()?;
     let start = Instant::now();
-    let mut seen = Snapshot::new(list()?.rows);
+    let (tasks, damage) = look()?;
+    if !damage.is_empty() {
+        tracing::warn!("some of the list cannot be read: what starts and ends may be missed");
+    }
+    let mut last = Ok(damage);
+    let mut seen = Snapshot::new(tasks.rows);
     // Keys are read from the one, and the table is shown by the other.
     let has_screen = !output.is_json() && io::stdout().is_terminal() && io::stdin().is_terminal();
     let mut shown = if has_screen {
@@ -71,18 +77,22 @@ pub(super) fn watch(
             }
         };
         if !goes_on {
-            return Ok(());
+            return Ok(last?);
         }
         looks += 1;
         kernel.space().forget();
-        match list() {
-            Ok(tasks) => {
+        last = match look() {
+            Ok((tasks, damage)) => {
                 failures = 0;
                 changes = seen.look(tasks.rows, tasks.lost == 0);
+                Ok(damage)
             }
             Err(error) if error.is_final() || failures >= FAILURES => return Err(error.into()),
-            Err(_) => failures += 1,
-        }
+            Err(error) => {
+                failures += 1;
+                Err(error)
+            }
+        };
     }
 }
 

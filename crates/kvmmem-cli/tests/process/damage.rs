@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::builder::Guest;
 use crate::common::{Ended, finish};
-use crate::guest::{PID, guest, memory, number_of_another, second_area};
+use crate::guest::{PID, guest, memory, number_of_another, second_area, target};
 
 const LEN: u64 = 1 << 20;
 
@@ -45,5 +45,25 @@ fn the_record_of_a_core_has_what_is_missing_and_the_exit_code_tells() {
             "{record}"
         );
         assert_eq!(ended.stderr.is_empty(), code == 0, "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn ps_ends_alike_with_and_without_watching() {
+    let guest = guest(LEN);
+    let whole = target(&memory(&guest, LEN));
+    guest.put(number_of_another(), &[0; 4]);
+    let damaged = target(&memory(&guest, LEN));
+    let watch = ["ps", "--target", "victim", "--watch", "--interval", "1ms", "--count"];
+    for (host, code) in [(&whole, 0), (&damaged, 3)] {
+        let plain = host.run(&["ps", "--target", "victim"]);
+        assert_eq!(plain.code, Some(code), "{}", plain.stderr);
+        for count in ["1", "3"] {
+            let watched = host.run(&[&watch[..], &[count]].concat());
+            assert_eq!(watched.code, Some(code), "{}", watched.stderr);
+            assert_eq!(watched.stderr.lines().last(), plain.stderr.lines().last());
+            let warnings = watched.stderr.matches("warning: some of the list").count();
+            assert_eq!(warnings, usize::from(code != 0), "{}", watched.stderr);
+        }
     }
 }
