@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Details of a process: address space, program, environment and namespaces.
 
+use crate::budget::{Budget, LISTING};
 use crate::kernel::{Kernel, KernelError};
 use crate::paths::{FilePath, Paths};
 use crate::space::Space;
@@ -8,6 +9,10 @@ use crate::tasks::{Args, Task, Tasks, Which};
 
 /// The longest environment that is read, bytes.
 const MAX_ENVIRONMENT: u64 = 128 << 10;
+
+/// What all processes together may take: each the path of its program, and the words of its
+/// environment.
+const LIMIT: &str = "1 GiB of programs and environments, or the limit that was set";
 
 /// Walks of the list of processes while it changes.
 const TRIES: u32 = 3;
@@ -102,6 +107,7 @@ pub struct Details<'a> {
     cred: u64,
     user: Option<(u64, u64)>,
     pid: Option<PidNamespace>,
+    budget: Budget,
 }
 
 /// Where a task's namespace of process ids is.
@@ -153,14 +159,23 @@ impl<'a> Details<'a> {
             cred: kernel.offset("task_struct", "cred")?,
             user: at("cred", "user_ns").zip(at("user_namespace", "ns.inum")),
             pid: pid(),
+            budget: Budget::new(LISTING, LIMIT),
         })
+    }
+
+    /// The same with another limit, in bytes, of what programs and environments of all processes
+    /// take.
+    #[must_use]
+    pub fn with_limit(self, bytes: usize) -> Self {
+        Self { budget: Budget::new(bytes, LIMIT), ..self }
     }
 
     /// The program that a process runs, as /proc/PID/exe shows it; `None` for a process without
     /// memory, or whose memory is not a program's.
     ///
     /// # Errors
-    /// [`KernelError`].
+    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes so
+    /// far take more than 1 GiB.
     pub fn executable(&self, task: &Task) -> Result<Option<FilePath>, KernelError> {
         let Some(mm) = self.kernel.memory_of(task)? else { return Ok(None) };
         let file = self.word(mm, self.exe_file)?;
@@ -168,21 +183,26 @@ impl<'a> Details<'a> {
             return Ok(None);
         }
         let (mnt, dentry) = self.f_path;
-        self.paths.of(self.word(file, mnt)?, self.word(file, dentry)?).map(Some)
+        let path = self.paths.of(self.word(file, mnt)?, self.word(file, dentry)?)?;
+        self.budget.take(path.text.len())?;
+        Ok(Some(path))
     }
 
     /// The environment that a process was started with, as far as it is in memory; the process may
     /// have written over it.
     ///
     /// # Errors
-    /// [`KernelError`].
+    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes so
+    /// far take more than 1 GiB.
     pub fn environment(&self, task: &Task) -> Result<Args, KernelError> {
         let Some(mm) = self.kernel.memory_of(task)? else { return Ok(Args::default()) };
         let (start, end) = self.environment;
         let (start, end) = (self.word(mm, start)?, self.word(mm, end)?);
         let len = end.saturating_sub(start);
         let bytes = self.kernel.space_of(task)?.read_some(start, len.min(MAX_ENVIRONMENT));
-        Ok(Args::new(&bytes, (bytes.len() as u64) < len))
+        let args = Args::new(&bytes, (bytes.len() as u64) < len);
+        self.budget.take(args.size())?;
+        Ok(args)
     }
 
     /// The namespaces that a process is in.

@@ -19,6 +19,9 @@ pub use task::{Args, Task};
 /// leader is in two lists. Leaders may share a list of threads, each as long as a list can be.
 const MAX_TASKS: usize = 2 * MAX_NODES;
 
+/// The most bytes that all command lines together take; those after that are cut.
+const MAX_ARGS: u64 = 256 << 20;
+
 /// Which tasks are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
@@ -52,23 +55,25 @@ impl<'a> Tasks<'a> {
     /// # Errors
     /// [`KernelError`].
     pub fn new(kernel: &'a Kernel<'a>, which: Which) -> Result<Self, KernelError> {
-        Self::with_limit(kernel, which, MAX_TASKS)
+        Self::with_limits(kernel, which, MAX_TASKS, MAX_ARGS)
     }
 
-    /// The same with another limit of nodes. A process has one, and with [`Which::Threads`] one
-    /// more for each of its threads, its leader among them.
+    /// The same with other limits: of nodes, of which a process has one, and with
+    /// [`Which::Threads`] one more for each of its threads, its leader among them; and of the bytes
+    /// that all command lines take.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub fn with_limit(
+    pub fn with_limits(
         kernel: &'a Kernel<'a>,
         which: Which,
         nodes: usize,
+        args: u64,
     ) -> Result<Self, KernelError> {
         let layout = Layout::new(kernel)?;
         let head = kernel.symbol("init_task")?.wrapping_add(layout.tasks);
         let leaders = kernel.list_of(head, "task_struct", "tasks")?;
-        let reader = Reader::new(kernel, layout);
+        let reader = Reader::new(kernel, layout, args);
         let (threads, error) = (None, None);
         Ok(Self::of(TaskSteps { which, leaders, threads, error, left: nodes, reader }))
     }

@@ -8,6 +8,7 @@ use common::fs::{self, FDS, FDTABLE};
 use common::{Guest, NAMES, Place, btf, processes};
 use kvmmem_linux::files::{Files, OpenFile};
 use kvmmem_linux::maps::{Mapping, Maps};
+use kvmmem_linux::process::Details;
 use kvmmem_linux::tasks::{Tasks, Which};
 use kvmmem_linux::{Find, Kernel, KernelError};
 
@@ -90,7 +91,7 @@ fn threads_that_processes_share_have_a_limit() {
     let guest = processes::guest();
     processes::share_threads(&guest, 5);
     let kernel = kernel(&guest);
-    let list = |nodes| Tasks::with_limit(&kernel, Which::Threads, nodes).unwrap();
+    let list = |nodes| Tasks::with_limits(&kernel, Which::Threads, nodes, 0).unwrap();
     let leaders = NAMES.len() - 1;
     let all: Vec<_> = list(leaders * 6).collect::<Result<_, _>>().unwrap();
     assert_eq!(all.len(), leaders * 6);
@@ -105,4 +106,38 @@ fn threads_that_processes_share_have_a_limit() {
     let all: Vec<_> = list(leaders * 6).collect();
     assert!(all.iter().filter(|task| task.is_err()).count() == leaders * 5);
     assert!(matches!(list(10).last(), Some(Err(KernelError::TooMuch { .. }))));
+}
+
+/// Command lines of empty words, which processes share.
+#[test]
+fn words_of_command_lines_have_a_limit() {
+    const LIMIT: usize = 100_000;
+    let guest = processes::guest();
+    processes::share_memory(&guest, 0x1000);
+    let kernel = kernel(&guest);
+    let tasks = Tasks::with_limits(&kernel, Which::Processes, 100, LIMIT as u64).unwrap();
+    let args: Vec<_> = tasks.map(|task| task.unwrap().args).collect();
+    assert_eq!(args[0].words.len(), 0x1000);
+    assert!(args[1].is_cut && args[2].is_cut);
+    let words: usize = args.iter().map(|args| args.words.len()).sum();
+    assert!(words <= 2 * LIMIT / size_of::<String>(), "{words}");
+}
+
+#[test]
+fn programs_and_environments_that_processes_share_have_a_limit() {
+    const LIMIT: usize = 100_000;
+    let guest = fs::guest(&PLACE);
+    let kernel = kernel(&guest);
+    let details = || Details::new(&kernel).unwrap().with_limit(LIMIT);
+    let task = fs::task(&PLACE);
+    let program = details().executable(&task).unwrap().unwrap().text;
+    let (details, most) = (details(), LIMIT / program.len());
+    assert!(most < 20_000);
+    assert_eq!((0..most + 1).find(|_| details.executable(&task).is_err()), Some(most));
+    // 64 bytes of them, most of which are empty words.
+    let details = Details::new(&kernel).unwrap().with_limit(LIMIT);
+    let words = details.environment(&task).unwrap().words.len();
+    assert!(words > 10);
+    let most = LIMIT / (words * size_of::<String>());
+    assert!((most / 2..=most).contains(&(1 + until_too_much(|| details.environment(&task)))));
 }

@@ -13,9 +13,8 @@ use crate::kernel::{Kernel, KernelError, List};
 /// The highest process id that Linux gives (`PID_MAX_LIMIT`).
 const MAX_PID: u32 = 4 << 20;
 
-/// The longest command line that is read, and all of them together, bytes.
+/// The longest command line that is read, bytes.
 const MAX_ARGS: u64 = 128 << 10;
-const MAX_ALL_ARGS: u64 = 64 << 20;
 
 /// Reads of a task that changes.
 const TRIES: u32 = 3;
@@ -38,7 +37,7 @@ const LETTERS: [char; 8] = ['R', 'S', 'D', 'T', 't', 'X', 'Z', 'P'];
 /// Sleeps that count as uninterruptible: waiting for a lock of PREEMPT_RT, and frozen.
 const LIKE_D: u32 = 0x1000 | 0x8000;
 
-/// Where everything is in a task, and how many bytes of command lines may still be read.
+/// Where everything is in a task, and how many bytes further command lines may take.
 #[derive(Debug)]
 pub(super) struct Reader<'a> {
     kernel: &'a Kernel<'a>,
@@ -47,8 +46,8 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(kernel: &'a Kernel<'a>, layout: Layout) -> Self {
-        Self { kernel, layout, args_left: MAX_ALL_ARGS }
+    pub(super) fn new(kernel: &'a Kernel<'a>, layout: Layout, args_left: u64) -> Self {
+        Self { kernel, layout, args_left }
     }
 
     /// The threads of a process, by its leader.
@@ -82,8 +81,7 @@ impl<'a> Reader<'a> {
         }
         let mut task = last.unwrap_or_else(|| Err(malformed(gva)))?;
         task.is_torn = is_torn;
-        let used = task.args.words.iter().fold(0, |sum, word| sum + word.len() as u64 + 1);
-        self.args_left = self.args_left.saturating_sub(used);
+        self.args_left = self.args_left.saturating_sub(task.args.size() as u64);
         Ok(task)
     }
 

@@ -55,4 +55,9 @@ impl Args {
             words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         Self { words: if bytes.is_empty() { Vec::new() } else { words.collect() }, is_cut }
     }
+
+    /// Bytes that its words take: the guest may name any number of empty ones.
+    pub(crate) fn size(&self) -> usize {
+        self.words.iter().map(|word| size_of::<String>() + word.len()).sum()
+    }
 }

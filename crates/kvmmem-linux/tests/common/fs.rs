@@ -3,7 +3,7 @@
 
 use super::btf::Builder;
 use super::objects::structure;
-use super::{Guest, Place};
+use super::{Guest, PAGE_TABLES, Place};
 use kvmmem_linux::tasks::Task;
 
 /// Places in the image. Each has a page of its own.
@@ -19,6 +19,7 @@ pub(crate) const NAMESPACE: u64 = 0x20_8000;
 const TYPE: u64 = 0x20_9000;
 const SUPER: u64 = 0x20_a000;
 const NAMES: u64 = 0x20_b000;
+const MM: u64 = 0x20_c000;
 
 /// Of the object with a number.
 pub(crate) fn file(number: u64) -> u64 {
@@ -85,6 +86,11 @@ pub(crate) fn guest(place: &Place) -> Guest {
         half(file(number) + 16, 2);
         word(file(number) + 24, 100 + number);
     }
+    // Its page tables are the kernel's, and the names its environment.
+    pointer(TASK + 32, MM);
+    [(0, PAGE_TABLES), (8, file(1)), (16, NAMES), (24, NAMES + 64)]
+        .into_iter()
+        .for_each(|(at, to)| pointer(MM + at, to));
     guest.put(place.gpa + TYPE + 16, b"ext4");
     pointer(TYPE, TYPE + 16);
     word(SUPER, 0xef53);
@@ -118,8 +124,18 @@ fn types() -> Vec<u8> {
     let hash = structure(&mut btf, "hlist_bl_node", 16, &[("next", long, 0), ("pprev", long, 8)]);
     let vfsmount = [("mnt_root", long, 0), ("mnt_sb", long, 8), ("mnt_flags", long, 16)];
     let vfsmount = structure(&mut btf, "vfsmount", 24, &vfsmount);
-    let task = [("files", long, 0), ("fs", long, 8), ("nsproxy", long, 16), ("signal", long, 24)];
-    structure(&mut btf, "task_struct", 32, &task);
+    let task = [
+        ("files", long, 0),
+        ("fs", long, 8),
+        ("nsproxy", long, 16),
+        ("signal", long, 24),
+        ("mm", long, 32),
+        ("cred", long, 40),
+    ];
+    structure(&mut btf, "task_struct", 48, &task);
+    let mm =
+        [("pgd", long, 0), ("exe_file", long, 8), ("env_start", long, 16), ("env_end", long, 24)];
+    structure(&mut btf, "mm_struct", 32, &mm);
     structure(&mut btf, "signal_struct", 8, &[("nr_threads", long, 0)]);
     structure(&mut btf, "files_struct", 8, &[("fdt", long, 0)]);
     structure(

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvmmem_memory::{Memory, MemoryError, Range};
 
 use super::btf::Builder;
-use super::{BTF, Guest, NAMES, Place, TASKS};
+use super::{BTF, Guest, NAMES, PAGE_TABLES, Place, TASKS};
 
 /// Places in the image: tasks but the first, and what all have in common.
 const OTHERS: u64 = 0x20_0000;
@@ -14,7 +14,9 @@ pub(crate) const CRED: u64 = 0x21_0000;
 
 const USER: u64 = 0x21_1000;
 const SIGNAL: u64 = 0x21_2000;
+const MM: u64 = 0x21_3000;
 const THREADS: u64 = 0x22_0000;
+const ZEROS: u64 = 0x30_0000;
 
 /// The flag of the kernel's own tasks.
 const PF_KTHREAD: u32 = 0x20_0000;
@@ -22,6 +24,7 @@ const PF_KTHREAD: u32 = 0x20_0000;
 /// Members of `struct task_struct`.
 const THREAD_NODE: u64 = 16;
 const SIGNAL_AT: u64 = 32;
+const MM_AT: u64 = 104;
 pub(crate) const PID: u64 = 40;
 pub(crate) const COMM: u64 = 56;
 const TGID: u64 = 44;
@@ -85,6 +88,18 @@ pub(crate) fn share_threads(guest: &Guest, count: u64) {
     }
 }
 
+/// Gives all processes the same memory, with a command line of so many empty words.
+pub(crate) fn share_memory(guest: &Guest, words: u64) {
+    let Place { gpa, gva, .. } = Place::FIRST;
+    for n in 1..NAMES.len() {
+        guest.put(gpa + task(n) + FLAGS, &[0; 4]);
+        guest.put_word(gpa + task(n) + MM_AT, gva + MM);
+    }
+    // Its page tables are the kernel's, of which the command line is a part that is zeros.
+    let mm = [PAGE_TABLES, ZEROS, ZEROS + words, ZEROS + words];
+    guest.put(gpa + MM, &mm.map(|at| (gva + at).to_le_bytes()).concat());
+}
+
 /// Where a thread is in the image.
 pub(crate) fn thread(n: u64) -> u64 {
     THREADS + 0x100 * n
@@ -124,7 +139,7 @@ fn types() -> Vec<u8> {
             ("usage", int, place(USAGE), 0),
             ("cred", word, place(CRED_AT), 0),
             ("start_boottime", word, place(START), 0),
-            ("mm", word, place(104), 0),
+            ("mm", word, place(MM_AT), 0),
         ],
     );
     btf.structure(4, "signal_struct", 16, &[("thread_head", list, 0, 0)]);
