@@ -51,7 +51,8 @@ fn serve_qmp(path: &Path, hva: u64) {
             let line = line.ok()?;
             let request: Value = serde_json::from_str(&line).unwrap();
             let command = request["execute"].as_str().unwrap();
-            send(json!({ "return": fake::qmp_answer(&line, command, hva) }))?;
+            let answer = fake::qmp_answer(&line, command, hva);
+            send(json!({ "return": answer, "id": request["id"] }))?;
         }
         Some(())
     };

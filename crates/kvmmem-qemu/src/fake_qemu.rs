@@ -97,7 +97,7 @@ fn serve(shared: &Mutex<Machine>, stream: &UnixStream) -> std::io::Result<()> {
         let fault = machine.fault.take_if(|(at, _)| *at == command).map(|(_, fault)| fault);
         match fault {
             Some(Fault::Refuse) => {
-                send(json!({ "error": { "desc": "no" } }))?;
+                send(json!({ "error": { "desc": "no" }, "id": request["id"] }))?;
                 continue;
             }
             Some(Fault::Close) => break,

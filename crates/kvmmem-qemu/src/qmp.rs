@@ -33,6 +33,9 @@ pub use message::QmpEvent;
 /// How long a command may take, and a whole conversation.
 pub const LIMIT: Duration = Duration::from_secs(2);
 
+/// The command that makes QEMU answer others, and the id that its answer has to have.
+const CAPABILITIES: &str = "qmp_capabilities";
+
 /// How soon a connection is tried again while the socket's queue of connections is full.
 const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(20);
 
@@ -107,13 +110,20 @@ impl Qmp {
         let lines = Lines::new(socket);
         let channel = Channel::Own { lines, events: VecDeque::new(), file };
         let mut qmp = Self { path: path.to_owned(), channel, end: None, is_broken: false };
-        // Nothing is sent to what does not greet as QEMU does.
+        // Nothing is sent to what does not greet as QEMU does. Before the greeting, and before the
+        // answer with this id, there may be an answer that came too late for the client before.
         const GREETING: &str = "the connection";
         let deadline = qmp.deadline();
-        if qmp.message(GREETING, deadline)?.greeting.is_none() {
-            return Err(qmp.garbage(GREETING));
-        }
-        qmp.execute("qmp_capabilities", json!({}))?;
+        let is_greeting = |message: &Message| {
+            let is_late = message.is_of_qemu().then_some(false);
+            if message.greeting.is_some() { Some(true) } else { is_late }
+        };
+        qmp.wait_for(GREETING, deadline, is_greeting)?;
+        let text = format!("{}\n", json!({ "execute": CAPABILITIES, "id": CAPABILITIES }));
+        let deadline = qmp.deadline();
+        qmp.own(|lines, _| lines.send(text.as_bytes(), None, deadline))?;
+        let has_id = |message: &Message| Some(message.has_id(CAPABILITIES));
+        qmp.wait_for(CAPABILITIES, deadline, has_id)?.into_result(CAPABILITIES)?;
         Ok(qmp)
     }
 
@@ -201,12 +211,23 @@ impl Qmp {
         let deadline = self.deadline();
         let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.own(|lines, _| lines.send(text.as_bytes(), fd, deadline))?;
-        // What comes before the answer does not put the deadline off, and what has come by then is
-        // not late: so each message is counted.
+        self.wait_for(command, deadline, |message| Some(message.is_answer()))?.into_result(command)
+    }
+
+    /// The first message that is wanted; where `is_wanted` returns `None` the connection is of no
+    /// use. Events before it are kept.
+    fn wait_for(
+        &mut self,
+        command: &'static str,
+        deadline: Instant,
+        is_wanted: impl Fn(&Message) -> Option<bool>,
+    ) -> Result<Message, QmpError> {
+        // What comes before it does not put the deadline off, and what has come by then is not late:
+        // so each message is counted.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
-            if message.is_answer() {
-                return message.into_result(command);
+            if is_wanted(&message).ok_or_else(|| self.garbage(command))? {
+                return Ok(message);
             }
             self.own(|_, events| {
                 events.extend(message.into_event());

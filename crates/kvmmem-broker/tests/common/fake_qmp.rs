@@ -162,7 +162,8 @@ fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
             let fault = machine.take_fault();
             match fault {
                 Some(Fault::Refuse) => {
-                    send(&json!({ "error": { "class": "GenericError", "desc": "no" } }));
+                    let id = &request["id"];
+                    send(&json!({ "error": { "class": "GenericError", "desc": "no" }, "id": id }));
                     continue;
                 }
                 Some(Fault::Silence) => {
@@ -191,8 +192,9 @@ fn serve(shared: &Arc<Mutex<Machine>>, stream: &UnixStream) {
                 Some(Fault::CloseAfter) | None => {}
             }
             let (delay, is_flooding) = (machine.delay, machine.is_flooding);
-            let (answer, deleted) =
+            let (mut answer, deleted) =
                 machine.carry_out(command, &request["arguments"], &mut received);
+            answer["id"] = request["id"].clone();
             drop(machine);
             std::thread::sleep(delay);
             if fault == Some(Fault::CloseAfter) {

@@ -95,7 +95,7 @@ fn qmp_again(
             let request: Value = serde_json::from_str(&line).unwrap();
             let command = request["execute"].as_str().unwrap();
             let answer = fake::qmp_answer(&line, command, hva);
-            if send(json!({ "return": lie(command, answer) })).is_err() {
+            if send(json!({ "return": lie(command, answer), "id": request["id"] })).is_err() {
                 return;
             }
         }

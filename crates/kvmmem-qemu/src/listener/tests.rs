@@ -9,7 +9,7 @@ use super::*;
 use crate::fake_qemu::{Fake, Fault, PATIENCE};
 use crate::monitor::tests::threads;
 use crate::qmp::QmpError;
-use crate::qmp::tests::GREETING;
+use crate::qmp::tests::{GREETING, READY};
 use crate::questions::{AskError, Questions};
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -272,12 +272,8 @@ fn registers_that_make_no_sense_cost_no_connection() {
 fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() {
     let size =
         |plugged| format!("{{\"return\":{{\"base-memory\":1,\"plugged-memory\":{plugged}}}}}\n");
-    let (_directory, path, _qemu) = crate::qmp::tests::serve(vec![
-        GREETING.into(),
-        "{\"return\":{}}\n".into(),
-        size(0),
-        size(1),
-    ]);
+    let (_directory, path, _qemu) =
+        crate::qmp::tests::serve(vec![GREETING.into(), READY.into(), size(0), size(1)]);
     let qmp = Qmp::connect(&path).unwrap();
     let (told, events) = mpsc::channel();
     let tell = move |_: &mut Qmp, event| {

@@ -14,7 +14,7 @@ use super::*;
 use crate::fake_qemu::Fake;
 use crate::monitors::Monitors;
 use crate::qmp::MAX_EVENTS;
-use crate::qmp::tests::{GREETING, flooded, serve};
+use crate::qmp::tests::{GREETING, READY, flooded, serve};
 
 /// How long a test waits for what must happen.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -128,7 +128,7 @@ fn lines_without_meaning_are_counted_as_events_are() {
 
 #[test]
 fn a_command_that_is_not_answered_costs_the_connection_and_a_new_one_is_made() {
-    let ready = || vec![GREETING.to_owned(), "{\"return\":{}}\n".to_owned()];
+    let ready = || vec![GREETING.to_owned(), READY.to_owned()];
     let (_directory, path, _qemu) = serve(ready());
     let (_second_directory, second, _second_qemu) =
         serve([ready(), vec!["{\"return\":{\"status\":\"running\"}}\n".to_owned()]].concat());
@@ -153,7 +153,7 @@ fn a_command_that_is_not_answered_costs_the_connection_and_a_new_one_is_made() {
 #[test]
 fn an_answer_to_no_command_costs_the_connection() {
     let (_directory, path, _qemu) =
-        serve(vec![GREETING.into(), "{\"return\":{}}\n{\"return\":{}}\n".into()]);
+        serve(vec![GREETING.into(), format!("{READY}{{\"return\":{{}}}}\n")]);
     let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
     step_until(&monitor, || !lock(&ear.others).is_empty());
     assert!(!monitor.is_up());
@@ -161,7 +161,7 @@ fn an_answer_to_no_command_costs_the_connection() {
 
 #[test]
 fn two_users_have_one_connection_which_ends_with_the_last_of_them() {
-    let (_directory, path, qemu) = serve(vec![GREETING.into(), "{\"return\":{}}\n".into()]);
+    let (_directory, path, qemu) = serve(vec![GREETING.into(), READY.into()]);
     let monitors = Monitors::default();
     let monitor = monitors.of(&path, Some(monitors.connect(&path).unwrap()));
     let [ear, other] = [(); 2].map(|()| Arc::new(Ear::default()));

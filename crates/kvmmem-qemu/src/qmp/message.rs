@@ -56,6 +56,16 @@ impl Message {
         self.id.is_none() && (self.answer.is_some() || self.error.is_some())
     }
 
+    /// Whether it answers the command with this id.
+    pub(crate) fn has_id(&self, id: &str) -> bool {
+        self.id.as_ref().is_some_and(|it| it == id)
+    }
+
+    /// Whether it is an event, or an answer to whichever command.
+    pub(crate) fn is_of_qemu(&self) -> bool {
+        self.event.is_some() || self.answer.is_some() || self.error.is_some()
+    }
+
     /// What it answers to `command`.
     pub(crate) fn into_result(self, command: &'static str) -> Result<Value, QmpError> {
         match self.error {

@@ -11,6 +11,9 @@ use super::*;
 
 pub(crate) const GREETING: &str = "{\"QMP\":{\"version\":{},\"capabilities\":[]}}\n";
 
+/// Answers `qmp_capabilities`.
+pub(crate) const READY: &str = "{\"return\":{},\"id\":\"qmp_capabilities\"}\n";
+
 /// Listens, and sends `lines` to the first that connects, one for the connection and one for each
 /// line it gets; then stays silent until the client goes.
 pub(crate) fn serve(lines: Vec<String>) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
@@ -43,27 +46,40 @@ fn backends(lines: &[&str]) -> Result<Vec<MemoryBackend>, QmpError> {
 fn answers_are_found_between_events() {
     let answer = "{\"event\":\"RESET\",\"data\":{}}\n{\"return\":[{\"id\":\"m\",\"size\":5,\"share\":true,\"x\":1}]}\n";
     let expected = MemoryBackend { id: Some("m".into()), size: 5, share: Some(true) };
-    assert_eq!(backends(&[GREETING, "{\"return\":{}}\n", answer]).unwrap(), [expected]);
+    assert_eq!(backends(&[GREETING, READY, answer]).unwrap(), [expected]);
+}
+
+#[test]
+fn answers_to_the_client_before_are_passed_over() {
+    let late = "{\"return\":[{\"id\":\"late\",\"size\":1}]}\n";
+    let refusal = "{\"error\":{\"desc\":\"no\"}}\n";
+    let answer = "{\"return\":[{\"id\":\"m\",\"size\":5,\"share\":true}]}\n";
+    let expected = [MemoryBackend { id: Some("m".into()), size: 5, share: Some(true) }];
+    for early in [late, refusal, READY, "{\"event\":\"RESET\"}\n"] {
+        let greeting = format!("{early}{GREETING}");
+        assert_eq!(backends(&[&greeting, READY, answer]).unwrap(), expected, "{early}");
+        let ready = format!("{early}{READY}");
+        assert_eq!(backends(&[GREETING, &ready, answer]).unwrap(), expected, "{early}");
+    }
 }
 
 #[test]
 fn garbage_is_refused() {
-    let ready = "{\"return\":{}}\n";
     for lines in [
         vec!["SSH-2.0-x\n"],
         vec!["{}\n"],
-        vec!["{\"return\":{}}\n"],
+        vec!["{\"return\":{}}\n[]\n"],
         vec![GREETING, "]\n"],
-        vec![GREETING, ready, "{\"return\":{}}\n"],
-        vec![GREETING, ready, "{\"return\":[{\"id\":1}]}\n"],
-        vec![GREETING, ready, "\u{0}\n"],
+        vec![GREETING, READY, "{\"return\":{}}\n"],
+        vec![GREETING, READY, "{\"return\":[{\"id\":1}]}\n"],
+        vec![GREETING, READY, "\u{0}\n"],
     ] {
         assert!(matches!(backends(&lines), Err(QmpError::Garbage { .. })), "{lines:?}");
     }
     let deep = "[".repeat(100_000) + "\n";
     assert!(matches!(backends(&[&deep]), Err(QmpError::Garbage { .. })));
     let refusal = "{\"error\":{\"class\":\"CommandNotFound\",\"desc\":\"no\"}}\n";
-    assert!(matches!(backends(&[GREETING, ready, refusal]), Err(QmpError::Refused { .. })));
+    assert!(matches!(backends(&[GREETING, READY, refusal]), Err(QmpError::Refused { .. })));
 }
 
 /// A connection to what sends `line` without end after two answers.
@@ -74,7 +90,7 @@ pub(crate) fn flooded(line: &str) -> (tempfile::TempDir, Qmp) {
     let block = line.repeat(10_000);
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(format!("{GREETING}{{\"return\":{{}}}}\n").as_bytes()).unwrap();
+        stream.write_all(format!("{GREETING}{READY}").as_bytes()).unwrap();
         while stream.write_all(block.as_bytes()).is_ok() {}
     });
     (directory, Qmp::connect(&path).unwrap())
