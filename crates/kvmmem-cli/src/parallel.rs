@@ -84,9 +84,8 @@ impl<I, T> Drop for Output<'_, I, T> {
 }
 
 /// Does `work` for each item in `threads` threads, or in fewer where the host starts no more.
-/// `tell` gets the results in the order of items,
-/// and those of one item in the order in which they were sent; it may end the work. The first error
-/// in this order ends it too.
+/// `tell` gets the results in the order of items, and those of one item in the order in which they
+/// were sent; it may end the work. The first error in this order ends it too.
 pub(crate) fn in_order<I: Iterator + Send, T: Send>(
     threads: usize,
     items: I,

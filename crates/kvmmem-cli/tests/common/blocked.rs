@@ -38,15 +38,18 @@ impl Blocked {
     }
 }
 
-/// Stops a process; returns once none of its threads runs.
-pub(crate) fn stop(child: &Child) {
+/// Stops a process; returns once none of its threads runs. `false` where it had ended before.
+pub(crate) fn stop(child: &Child) -> bool {
     signal(child, Signal::STOP);
-    // One that has ended does not stop.
-    let is_still = |thread: &Path| {
-        fs::read_to_string(thread.join("stat"))
-            .is_ok_and(|stat| stat.contains(") T ") || stat.contains(") Z "))
+    let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
+    let are_all = |state: &str| {
+        fs::read_dir(&threads).unwrap().all(|thread| {
+            // A thread may end meanwhile.
+            let stat = fs::read_to_string(thread.unwrap().path().join("stat"));
+            stat.is_ok_and(|stat| stat.contains(state))
+        })
     };
-    wait_for(&PathBuf::from(format!("/proc/{}/task", child.id())), |threads| {
-        fs::read_dir(threads).unwrap().all(|thread| is_still(&thread.unwrap().path()))
-    });
+    // It runs for a moment after the signal was sent.
+    wait_for(&threads, |_| are_all(") T ") || are_all(") Z "));
+    are_all(") T ")
 }

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{BEGUN, TRIES, begin, dump, hex, interrupted, is_whole, part, path, remove};
+use crate::common::blocked::stop;
 use crate::common::{Host, finish, signal, wait_for};
 use crate::{LARGE, host, large};
 
@@ -21,18 +22,7 @@ fn stopped(host: &Host) -> (String, Child) {
     for _ in 0..TRIES {
         let (grant, token) = host.grant(&[]);
         let child = begin(host, &token, &[], BEGUN);
-        signal(&child, Signal::STOP);
-        let threads = PathBuf::from(format!("/proc/{}/task", child.id()));
-        let are_all = |state: &str| {
-            fs::read_dir(&threads).unwrap().all(|thread| {
-                // A thread may end meanwhile.
-                let stat = fs::read_to_string(thread.unwrap().path().join("stat"));
-                stat.is_ok_and(|stat| stat.contains(state))
-            })
-        };
-        // It runs for a moment after the signal was sent, and may have ended before.
-        wait_for(&threads, |_| are_all(") T ") || are_all(") Z "));
-        if are_all(") T ") && fs::metadata(path(host)).unwrap().len() < LARGE[0].len {
+        if stop(&child) && fs::metadata(path(host)).unwrap().len() < LARGE[0].len {
             return (grant, child);
         }
         signal(&child, Signal::CONT);
