@@ -80,6 +80,9 @@ impl CopyBuffer {
         // SAFETY: with a null hint and without MAP_FIXED the kernel picks a free range, so no
         // existing mapping, and with it no Rust object, is touched.
         let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, rights, flags, file, 0) }?;
+        // SAFETY: the range was mapped just now. The advice keeps copies of a guest's memory out of
+        // core dumps, and changes nothing else.
+        let _ = unsafe { rustix::mm::madvise(base, len, rustix::mm::Advice::LinuxDontDump) };
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
         // INVARIANT: mapped just now; the seal cannot be removed.
         Ok(Self { base, len })

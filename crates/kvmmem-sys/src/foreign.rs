@@ -8,6 +8,7 @@ use core::arch::x86_64::_MM_HINT_T0;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -16,6 +17,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use crate::guarded;
 pub use crate::guarded::Word;
 use crate::huge::page_size;
+use crate::map_over::map_over;
 use crate::page::PAGE_SIZE;
 
 const HUGE_2M: u64 = 2 << 20;
@@ -63,8 +65,10 @@ pub enum ForeignError {
 /// The addresses from `base` to `base + len` are a whole number of pages which this object alone
 /// mapped and which stay mapped until it is dropped, each one shared from some file, readable, and
 /// writable if `is_writable`. (Of which file may change: [`Foreign::place`] and [`Foreign::clear`]
-/// replace one mapping by another in one step.) An access to a page that the file does not have
-/// raises SIGBUS, or SIGILL in memory of a PCI device that is gone. Only the guarded routines access them.
+/// replace one mapping by another in one step. A process that is forked from `left_out_of` lacks
+/// them, and may have something else there.) An access to a page that the file does not have
+/// raises SIGBUS, or SIGILL in memory of a PCI device that is gone. Only the guarded routines
+/// access them.
 ///
 /// The same holds for `before` bytes before them and `behind` bytes behind them, which are the rest
 /// of the huge pages in which they lie, if any: those are never accessed.
@@ -76,6 +80,8 @@ pub struct Foreign {
     behind: usize,
     is_writable: bool,
     is_write_combining: bool,
+    /// The process whose children have none of it; 0 where they have all.
+    left_out_of: AtomicU32,
 }
 
 // SAFETY: nothing about a mapping depends on the thread that made it.
@@ -83,8 +89,8 @@ unsafe impl Send for Foreign {}
 
 // SAFETY: the memory is no object of this program: by the invariant it is reached through the
 // guarded routines alone, which are machine code that tolerates any concurrent change, be it from
-// another virtual machine or another thread; replacing a mapping is one system call, and no field
-// ever changes.
+// another virtual machine or another thread; replacing a mapping is one system call, and the only
+// field that changes is atomic.
 unsafe impl Sync for Foreign {}
 
 impl Foreign {
@@ -137,8 +143,8 @@ impl Foreign {
         let tail = start.wrapping_add(head + whole);
         for (part, bytes) in [(start, head), (tail, room - head - whole)] {
             if bytes > 0 {
-                // SAFETY: a part of what was just mapped, whose address no other code knows; the rest
-                // is kept. Should it fail, addresses are wasted, nothing else.
+                // SAFETY: a part of what was just mapped, whose address no other code knows; the
+                // rest is kept. Should it fail, addresses are wasted, nothing else.
                 let _ = unsafe { rustix::mm::munmap(part.cast(), bytes) };
             }
         }
@@ -147,7 +153,8 @@ impl Foreign {
         // INVARIANT: mapped just now, shared, from the empty file; `whole` is `before`, `len` and
         // the rest.
         let behind = whole - before - len;
-        Ok(Self { base, len, before, behind, is_writable, is_write_combining: false })
+        let left_out_of = AtomicU32::new(0);
+        Ok(Self { base, len, before, behind, is_writable, is_write_combining: false, left_out_of })
     }
 
     /// Says that files to be placed have memory that may be write-combining, where ordinary loads
@@ -165,9 +172,20 @@ impl Foreign {
     /// The system's.
     pub fn keep_from_children(&self) -> Result<(), Errno> {
         let (address, len) = self.whole();
+        if self.is_left_out() {
+            return Err(Errno::INVAL);
+        }
+        // Before there can be a child that lacks a part.
+        self.left_out_of.store(std::process::id(), Ordering::Relaxed);
         // SAFETY: the range is this object's own by its invariant. The advice changes nothing in
         // this process: it says what fork does.
         unsafe { rustix::mm::madvise(address.cast(), len, Advice::LinuxDontFork) }
+    }
+
+    /// Whether this process is a child that was to have none of it: its own memory may be there.
+    fn is_left_out(&self) -> bool {
+        let process = self.left_out_of.load(Ordering::Relaxed);
+        process != 0 && process != std::process::id()
     }
 
     /// Maps `len` bytes of `file` from `file_offset` on at `offset`, in the place of what is there.
@@ -176,7 +194,7 @@ impl Foreign {
     ///
     /// # Errors
     /// The system's, `EINVAL` for what leaves the stretch, `EOPNOTSUPP` where a file's huge pages
-    /// do not fit; what was there is there still, as far as the system tells.
+    /// do not fit; what was there is there still, or lost where memory is short.
     pub fn place(
         &self,
         offset: u64,
@@ -184,13 +202,38 @@ impl Foreign {
         file: BorrowedFd<'_>,
         file_offset: u64,
     ) -> Result<(), Errno> {
+        let (address, len, file_offset) = self.range(offset, len, file, file_offset)?;
+        // SAFETY: `range` lies within this object's own by its invariant, and in whole pages of the
+        // file. The new mapping is shared and has the same protection, which keeps the invariant.
+        // No reference to that memory exists.
+        unsafe {
+            map_over(
+                address.cast(),
+                len,
+                protection(self.is_writable),
+                (file, file_offset),
+                (nothing()?, 0),
+            )
+        }
+    }
+
+    /// What [`Foreign::place`] replaces and by what: the first address, the length, and the offset
+    /// in the file, all in whole pages of it.
+    fn range(
+        &self,
+        offset: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+    ) -> Result<(*mut u8, usize, u64), Errno> {
         let page = PAGE_SIZE as u64;
         let end = offset.checked_add(len).filter(|end| *end <= self.len());
         let (Some(_), Ok(at), Ok(size)) = (end, usize::try_from(offset), usize::try_from(len))
         else {
             return Err(Errno::INVAL);
         };
-        if len == 0 || !offset.is_multiple_of(page) || !len.is_multiple_of(page) {
+        let is_whole = len > 0 && offset.is_multiple_of(page) && len.is_multiple_of(page);
+        if !is_whole || self.is_left_out() {
             return Err(Errno::INVAL);
         }
         let huge = page_size(file)?;
@@ -206,18 +249,13 @@ impl Foreign {
         if !fits_before || !fits_behind || !(address.addr() as u64).is_multiple_of(huge) {
             return Err(Errno::OPNOTSUPP);
         }
-        self.replace(address, before + size + behind, file, file_offset - head)
+        Ok((address, before + size + behind, file_offset - head))
     }
 
-    /// Maps `len` bytes of `file` at `address`: a range of this object's, what is before and behind
-    /// it included, in which whole pages of that file fit.
-    fn replace(
-        &self,
-        address: *mut u8,
-        len: usize,
-        file: BorrowedFd<'_>,
-        offset: u64,
-    ) -> Result<(), Errno> {
+    /// Maps nothing at `address`, `len` bytes: a range of this object's, what is before and behind
+    /// it included, in which whole pages fit of what is there. Of the file of nothing nothing is
+    /// refused, so that this is one system call.
+    fn empty(&self, address: *mut u8, len: usize) -> Result<(), Errno> {
         // SAFETY:
         // 1. The callers pass a range of pages that lies within this object's own, and whose length
         //    is a multiple of the file's page size, so that the kernel does not round it up:
@@ -230,8 +268,8 @@ impl Foreign {
                 len,
                 protection(self.is_writable),
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                file,
-                offset,
+                nothing()?,
+                0,
             )
         };
         mapped.map(drop)
@@ -243,11 +281,12 @@ impl Foreign {
     /// # Errors
     /// As [`Foreign::place`]; `EINVAL` for a part of a huge page that is less than the stretch.
     pub fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        if offset == 0 && len == self.len() {
+        let (address, len, _) = self.range(offset, len, nothing()?, 0)?;
+        if (offset, len) == (0, self.len) {
             let (address, whole) = self.whole();
-            return self.replace(address, whole, nothing()?, 0);
+            return self.empty(address, whole);
         }
-        self.place(offset, len, nothing()?, 0)
+        self.empty(address, len)
     }
 
     /// All that is mapped: the first address and the length.
@@ -360,7 +399,8 @@ impl Foreign {
     /// The address of a part of this one.
     fn pages(&self, offset: u64, len: u64) -> Result<*mut u8, Errno> {
         let is_within = offset.checked_add(len).is_some_and(|end| end <= self.len());
-        let at = usize::try_from(offset).ok().filter(|_| is_within).ok_or(Errno::INVAL)?;
+        let is_here = is_within && !self.is_left_out();
+        let at = usize::try_from(offset).ok().filter(|_| is_here).ok_or(Errno::INVAL)?;
         Ok(self.pointer(at))
     }
 
@@ -436,6 +476,9 @@ impl Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
+        if self.is_left_out() {
+            return;
+        }
         let (address, len) = self.whole();
         // SAFETY: the range is this object's own by its invariant, no reference into it exists, and
         // the object is gone after this.
@@ -457,7 +500,7 @@ fn copied(offset: u64, len: usize, left: usize) -> Result<(), ForeignError> {
 
 /// A file without any page, which stays so: every access to a mapping of it raises SIGBUS. It is
 /// made before there is anything to take back, so that taking back needs no file descriptor.
-fn nothing() -> Result<BorrowedFd<'static>, Errno> {
+pub(crate) fn nothing() -> Result<BorrowedFd<'static>, Errno> {
     static NOTHING: OnceLock<Result<OwnedFd, Errno>> = OnceLock::new();
     let make = || {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

@@ -291,9 +291,9 @@ pub(crate) unsafe fn find_any(
     if !is_x86_feature_detected!("avx2") {
         return None;
     }
-    // SAFETY: the routine loads the 288 bytes of `groups` and, block by block, 64 bytes at the block
-    // and at each of the three places behind its first: all within what the caller has said may be
-    // loaded. It writes nothing, and the processor has AVX2.
+    // SAFETY: the routine loads the 288 bytes of `groups` and, block by block, 64 bytes at the
+    // block and at each of the three places behind its first: all within what the caller has said
+    // may be loaded. It writes nothing, and the processor has AVX2.
     let LoadResult { left, word } =
         unsafe { kvmmem_guarded_find_any_avx2(groups, from, places + 3) };
     Some((left - 3, word))

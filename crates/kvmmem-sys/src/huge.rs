@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB). The kernel maps them in whole huge pages,
-//! and silently rounds a length up.
+//! Files of huge pages (hugetlbfs, memfds of MFD_HUGETLB). The kernel maps them in whole huge
+//! pages, and silently rounds a length up.
 
 use std::os::fd::BorrowedFd;
 

@@ -28,6 +28,7 @@ mod guarded;
 pub mod huge;
 pub mod huge_write;
 pub mod internal_error;
+mod map_over;
 pub mod memslot;
 pub mod page;
 pub mod pio;

@@ -23,6 +23,7 @@ use vm_memory::{
 };
 
 use crate::huge::page_size;
+use crate::map_over::map_over;
 
 /// Size of a page in bytes.
 pub const PAGE_SIZE: u64 = kvmmem_abi::ioctl::PAGE_SIZE;
@@ -267,23 +268,48 @@ impl GuestRam {
     /// [`RamError::NoPage`]; [`RamError::HugePages`], [`RamError::Replace`], and the page is as it
     /// was.
     pub fn replace_page(&self, gpa: u64, fd: BorrowedFd<'_>, offset: u64) -> Result<(), RamError> {
-        let page =
-            page_size(fd).map_err(|source| RamError::Replace { gpa, source: source.into() })?;
-        if page != PAGE_SIZE {
-            return Err(RamError::HugePages { gpa, page });
-        }
+        check_pages(gpa, fd)?;
+        let address = self.page(gpa)?;
+        // SAFETY: as in `page`: `address` is that of a page of RAM, and the file's pages are no
+        // larger, as checked above. No reference to that memory exists (see `attach`), so no one
+        // relies on its contents staying the same.
+        let mapped = unsafe {
+            map_over(
+                address.cast(),
+                PAGE_BYTES,
+                ProtFlags::READ | ProtFlags::WRITE,
+                (fd, offset),
+                (self.fd(), gpa),
+            )
+        };
+        mapped.map_err(|source| RamError::Replace { gpa, source: source.into() })?;
+        advise(address, PAGE_BYTES);
+        Ok(())
+    }
+
+    /// Address of the page at `gpa`: it lies within a live mapping that its region owns.
+    fn page(&self, gpa: u64) -> Result<*mut u8, RamError> {
         let region = self.memory.find_region(GuestAddress(gpa)).ok_or(RamError::NoPage { gpa })?;
         if !gpa.is_multiple_of(PAGE_SIZE) {
             return Err(RamError::NoPage { gpa });
         }
         let within =
             usize::try_from(gpa - region.start_addr().0).map_err(|_| RamError::NoPage { gpa })?;
-        let address = region.as_ptr().wrapping_add(within);
+        Ok(region.as_ptr().wrapping_add(within))
+    }
+
+    /// Maps the machine's own page at `gpa` back. It needs no mapping more than there are: what ends
+    /// a view or a grant must not fail for want of them.
+    ///
+    /// # Errors
+    /// As [`GuestRam::replace_page`].
+    pub fn restore_page(&self, gpa: u64) -> Result<(), RamError> {
+        check_pages(gpa, self.fd())?;
+        let address = self.page(gpa)?;
         // SAFETY:
-        // 1. `gpa` is page-aligned and lies in `region`, whose length is a multiple of the page
-        //    size, so the page at `address` lies within a live mapping that `region` owns:
-        //    MAP_FIXED replaces nothing else. The file's pages are no larger, as checked above, so
-        //    the kernel does not round the length up.
+        // 1. As in `page`, the page at `address` lies within a live mapping that its region owns,
+        //    and the own file's pages are as small, as checked: MAP_FIXED replaces nothing else. A memfd
+        //    refuses no mapping that it has had before.
         // 2. No reference to that memory exists (see `attach`), so no one relies on its contents
         //    staying the same.
         let mapped = unsafe {
@@ -292,22 +318,14 @@ impl GuestRam {
                 PAGE_BYTES,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                fd,
-                offset,
+                self.fd(),
+                gpa,
             )
         };
         mapped.map_err(|source| RamError::Replace { gpa, source: source.into() })?;
-        // Also where the page is the machine's own again: mappings that are alike become one.
+        // Mappings that are alike become one.
         advise(address, PAGE_BYTES);
         Ok(())
-    }
-
-    /// Maps the machine's own page at `gpa` back.
-    ///
-    /// # Errors
-    /// As [`GuestRam::replace_page`].
-    pub fn restore_page(&self, gpa: u64) -> Result<(), RamError> {
-        self.replace_page(gpa, self.fd(), gpa)
     }
 
     /// As [`GuestRam::restore_page`], with what the replaced page holds now. What is written into
@@ -356,6 +374,13 @@ impl GuestRam {
         )
         .map_err(|source| RamError::Punch { gpa, bytes, source: source.into() })
     }
+}
+
+/// Refuses a file of huge pages: the kernel would map and unmap more than one small one.
+fn check_pages(gpa: u64, file: BorrowedFd<'_>) -> Result<(), RamError> {
+    let page =
+        page_size(file).map_err(|source| RamError::Replace { gpa, source: source.into() })?;
+    if page == PAGE_SIZE { Ok(()) } else { Err(RamError::HugePages { gpa, page }) }
 }
 
 /// Asks for transparent huge pages, which spare most of the guest's second-level faults and shorten

@@ -51,7 +51,8 @@ extern "C" fn report(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         digits.get(start..).unwrap_or_default(),
         b", which it should never need. Please report this; --no-sandbox runs without the sandbox\n",
     ] {
-        // SAFETY: write reads `part`, which lives throughout; it may be called in a signal handler, as raise may below.
+        // SAFETY: write reads `part`, which lives throughout; it may be called in a signal handler,
+        // as raise may below.
         unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
     }
     // SAFETY: raise takes no pointers. The handler was reset when it was called, so this ends the

@@ -11,7 +11,9 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use crate::foreign::nothing;
 use crate::huge::page_size;
+use crate::map_over::map_over;
 use crate::ram::PAGE_SIZE;
 
 /// Length and alignment of a large page, bytes.
@@ -53,7 +55,7 @@ impl Access {
 #[derive(Debug, thiserror::Error)]
 pub enum MappingError {
     /// The range is empty, unaligned, or longer than an address space.
-    #[error("offset {offset:#x} and length {len:#x} are no range of whole pages")]
+    #[error("offset {offset:#x} and length {len:#x} are not a range of whole pages")]
     Range {
         /// The offset asked for.
         offset: u64,
@@ -143,24 +145,23 @@ impl GuestMapping {
         let page =
             page_size(fd).map_err(|source| MappingError::Examine { source: source.into() })?;
         let mapping = Self::reserve(len, offset, access, page)?;
-        // SAFETY: `mapping` owns these `mapped` bytes and no other code knows them: MAP_FIXED
-        // replaces its reservation alone, whose length is a multiple of the file's page
-        // size, so that the kernel does not round it up.
-        unsafe {
-            mmap(
-                mapping.start.as_ptr(),
-                mapping.mapped,
-                access.protection(),
-                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                fd,
-                offset - offset % page,
-            )
-        }
-        .map_err(|source| MappingError::Map {
+        let failed = |source: rustix::io::Errno| MappingError::Map {
             offset,
             len: mapping.len,
             source: source.into(),
-        })?;
+        };
+        // SAFETY: `mapping` owns these `mapped` bytes and no other code knows them; their number is
+        // a multiple of the file's page size.
+        unsafe {
+            map_over(
+                mapping.start.as_ptr(),
+                mapping.mapped,
+                access.protection(),
+                (fd, offset - offset % page),
+                (nothing().map_err(failed)?, 0),
+            )
+        }
+        .map_err(failed)?;
         mapping.advise();
         Ok(mapping)
     }

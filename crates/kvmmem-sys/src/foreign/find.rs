@@ -68,9 +68,9 @@ impl Foreign {
         Ok(None)
     }
 
-    /// Whether one of the atoms may lie in the `len` bytes from `offset` on: `false` where none did,
-    /// `true` where one does, or bytes that resemble one are so frequent that it is cheaper not to
-    /// know. Always `true` on a processor without AVX2.
+    /// Whether one of the atoms may lie in the `len` bytes from `offset` on: `false` where none
+    /// did, `true` where one does, or bytes that resemble one are so frequent that it is cheaper
+    /// not to know. Always `true` on a processor without AVX2.
     ///
     /// # Errors
     /// [`ForeignError`].

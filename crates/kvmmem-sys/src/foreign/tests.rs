@@ -238,3 +238,60 @@ fn huge_pages_never_reach_beyond_the_stretch() {
             && Foreign::reserve(0x1000, 0, true, 0).is_err()
     );
 }
+
+/// Flags of the mapping that begins at an address, as /proc/self/smaps has them.
+fn flags(address: usize) -> String {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = maps.lines().skip_while(|line| !line.starts_with(&format!("{address:x}-")));
+    lines.find(|line| line.starts_with("VmFlags:")).unwrap().to_owned()
+}
+
+#[test]
+fn core_dumps_have_nothing_of_it() {
+    let file = file(0x2000);
+    let memory = mapped(&file, 0x2000);
+    assert!(flags(memory.address()).contains(" dd"));
+    memory.place(0, 0x2000, self::file(0x2000).as_fd(), 0).unwrap();
+    assert!(flags(memory.address()).contains(" dd"));
+}
+
+#[test]
+fn a_file_that_refuses_leaves_what_was_there() {
+    let file = file(0x3000);
+    let memory = mapped(&file, 0x3000);
+    memory.write(0x1000, b"still there").unwrap();
+    // It is asked after everything that the kernel knows by itself.
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    assert!(memory.place(0x1000, 0x1000, socket.as_fd(), 0).is_err());
+    let mut bytes = [0; 11];
+    memory.read(0x1000, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"still there");
+}
+
+#[test]
+fn a_child_that_has_none_of_it_keeps_its_own_memory() {
+    let file = file(0x2000);
+    let memory = mapped(&file, 0x2000);
+    memory.keep_from_children().unwrap();
+    let address = memory.address();
+    // SAFETY: the child calls what is safe after fork alone: system calls, and no allocator.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let hint = core::ptr::without_provenance_mut(address);
+        // SAFETY: it replaces nothing.
+        let own = unsafe { libc::mmap(hint, 0x2000, rights, flags, -1, 0) };
+        let is_refused = memory.release(0, 0x1000).is_err();
+        drop(memory);
+        let mut state = [0; 2];
+        // SAFETY: one byte is written for each of the two pages.
+        let is_mapped = unsafe { libc::mincore(own, 0x2000, state.as_mut_ptr()) } == 0;
+        // SAFETY: it ends this process without anything of the test's.
+        unsafe { libc::_exit(i32::from(own != hint || !is_refused || !is_mapped)) };
+    }
+    let mut status = 0;
+    // SAFETY: it writes the status.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0);
+}
