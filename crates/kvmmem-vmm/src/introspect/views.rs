@@ -67,7 +67,7 @@ impl ViewEvents for Views {
 
     fn lost(&self) {
         if let Some(windows) = &*self.windows() {
-            windows.end(State::Gone, |_| true);
+            windows.lost();
         }
         self.settle(self.engine.revoke_all());
     }

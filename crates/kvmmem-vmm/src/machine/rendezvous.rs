@@ -2,8 +2,8 @@
 //! vCPU pause: keeps all vCPU threads of a generation out of the guest for a moment.
 //!
 //! A thread that changes memory slots under running vCPUs, or reads their registers, holds a
-//! [`PauseGuard`]: windows, pages of v1 and the pauses that the broker asks for (`introspect`). Several threads may hold one at a time; the vCPUs run again once the last is
-//! dropped.
+//! [`PauseGuard`]: windows, pages of v1 and the pauses that the broker asks for (`introspect`).
+//! Several threads may hold one at a time; the vCPUs run again once the last is dropped.
 //!
 //! The invariant: while a guard lives, no thread is in `KVM_RUN`. A thread outside of `KVM_RUN`
 //! does not count: it may wait for the very thread that pauses it. So a pause waits only for

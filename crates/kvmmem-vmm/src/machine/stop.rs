@@ -49,10 +49,15 @@ impl StopHandle {
         self.0.changed.notify_all();
     }
 
-    /// Ends this generation for `reason`, unless something else did before.
+    /// Ends this generation for `reason`, unless something else did before. After a reset a failure
+    /// still ends the machine.
     pub(crate) fn end(&self, reason: GenerationEnd) {
         let mut state = self.lock();
-        if state.ended.is_none() {
+        let is_worse = matches!(
+            (&state.ended, &reason),
+            (Some(GenerationEnd::Reset), GenerationEnd::Failed(_))
+        );
+        if state.ended.is_none() || is_worse {
             state.ended = Some(reason);
         }
         self.0.is_ending.store(true, Ordering::SeqCst);
@@ -107,5 +112,14 @@ mod tests {
         stop.stop();
         assert!(matches!(stop.take(), GenerationEnd::Stopped));
         assert!(stop.is_ending());
+    }
+
+    #[test]
+    fn a_failure_ends_the_machine_also_where_the_guest_has_asked_for_a_reset() {
+        let stop = StopHandle::default();
+        stop.end(GenerationEnd::Reset);
+        stop.end(GenerationEnd::Failed("memory is still there".into()));
+        stop.end(GenerationEnd::Reset);
+        assert!(matches!(stop.take(), GenerationEnd::Failed(_)));
     }
 }

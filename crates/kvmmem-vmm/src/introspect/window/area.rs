@@ -181,7 +181,8 @@ mod tests {
     }
 
     proptest! {
-        /// What is taken is disjoint, aligned and within the space; and all of it can be had once all was given back.
+        /// What is taken is disjoint, aligned and within the space; and all of it can be had once
+        /// all was given back.
         #[test]
         fn parts_never_overlap(steps in prop::collection::vec(step(), 1..60)) {
             let mut area = Area::new(0, 34);

@@ -27,7 +27,7 @@ impl Windows {
         let mut table = self.lock();
         let indices = table.open_indices(is_meant);
         if indices.is_empty() {
-            return true;
+            return !self.has_failed();
         }
         let paused = self.pause();
         for &index in &indices {
@@ -51,7 +51,7 @@ impl Windows {
             warn_limited!(%source, "no thread to end views by");
             self.poison_ended(&indices, true);
         }
-        true
+        !self.has_failed()
     }
 
     /// Puts poison behind the slots of those of these views that have ended and are still there.

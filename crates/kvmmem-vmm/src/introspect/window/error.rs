@@ -68,10 +68,10 @@ pub(crate) enum WindowError {
     #[error("cannot show a range")]
     Show(#[source] ShowError),
     /// Nothing to detach.
-    #[error("{gpa:#x} is no open view's descriptor page")]
+    #[error("{gpa:#x} is not the descriptor page of an open view")]
     NoView { gpa: u64 },
     /// Nothing to search.
-    #[error("{gpa:#x} is no open view's descriptor page, so nothing is searched")]
+    #[error("{gpa:#x} is not the descriptor page of an open view, so nothing is searched")]
     NotAView { gpa: u64 },
     /// The view's right has ended.
     #[error("the view at {gpa:#x} has ended")]

@@ -26,6 +26,8 @@ pub(super) struct Table {
     slots: Vec<u32>,
     /// Whether the worker knows that counters have changed.
     pub(super) is_telling: bool,
+    /// How often the connection to the broker was lost: views' numbers start anew with each.
+    pub(super) losses: u64,
 }
 
 impl Table {
@@ -36,6 +38,7 @@ impl Table {
             area,
             slots,
             is_telling: false,
+            losses: 0,
         }
     }
 

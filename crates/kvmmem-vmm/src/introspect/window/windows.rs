@@ -4,6 +4,7 @@
 //! The table's lock is held while slots are added and deleted, but not while a token is redeemed,
 //! which may wait for the broker.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::Cap;
@@ -49,6 +50,9 @@ pub(crate) struct Windows {
     pub(super) poison: PoisonFile,
     pub(super) worker: Worker,
     table: Arc<Mutex<Table>>,
+    /// Memory could not be taken from the guest, and the machine ends: nothing is confirmed any
+    /// more.
+    has_failed: AtomicBool,
     /// The descriptor pages, as the guest has them.
     _pages: Memslot,
     start: u64,
@@ -77,7 +81,8 @@ impl Windows {
         let worker =
             Worker::start(move || lock(&shared).tell(&*source)).map_err(SetUpError::Thread)?;
         let poison = PoisonFile::new().map_err(SetUpError::Poison)?;
-        Ok(Self { host, poison, worker, table, _pages: pages, start })
+        let has_failed = AtomicBool::new(false);
+        Ok(Self { host, poison, worker, table, has_failed, _pages: pages, start })
     }
 
     /// Shows the view that `trade` gets for a token. `trade` is not called where no view could be
@@ -91,16 +96,22 @@ impl Windows {
         read_only: bool,
         trade: impl FnOnce() -> Result<ViewGrant, WindowError>,
     ) -> Result<AttachResult, WindowError> {
-        let index = self.lock().reserve_index().ok_or(WindowError::NoDescriptor)?;
+        let mut table = self.lock();
+        let (index, losses) = (table.reserve_index(), table.losses);
+        drop(table);
+        let index = index.ok_or(WindowError::NoDescriptor)?;
         let opened = trade().and_then(|mut attached| {
             if read_only {
                 attached.scope = attached.scope.at_most(Rights::ReadOnly);
             }
             let view = attached.view;
             let mut table = self.lock();
-            self.open(&mut table, index, attached, digest(token)).inspect_err(|_| {
-                self.host.source.detached(view, ViewCounters::default());
-            })
+            // Its number means another view on a later connection.
+            if table.losses != losses {
+                return Err(WindowError::GenerationEnd { view });
+            }
+            self.open(&mut table, index, attached, digest(token))
+                .inspect_err(|_| self.tell_end(view, ViewCounters::default()))
         });
         if opened.is_err() {
             self.lock().release_index(index);
@@ -210,11 +221,24 @@ impl Windows {
     fn finish(&self, table: &mut Table, view: View) {
         let (number, state, counters) = (view.number, view.state, view.counters);
         self.vacate(table, view);
-        // Where the target or the broker is gone, the number means nothing any more, or another
-        // view.
-        if state != State::Gone {
-            self.host.source.detached(number, counters);
+        // One that has ended otherwise is the broker's no more, and its number means another view
+        // on a later connection.
+        if state == State::Open {
+            self.tell_end(number, counters);
         }
+    }
+
+    /// Reports that a view is closed, which confirms a revocation of its grant too.
+    fn tell_end(&self, view: u64, counters: ViewCounters) {
+        if !self.has_failed() {
+            self.host.source.detached(view, counters);
+        }
+    }
+
+    /// Ends all views: the connection to the broker is lost.
+    pub(crate) fn lost(self: &Arc<Self>) {
+        self.lock().losses += 1;
+        self.end(State::Gone, |_| true);
     }
 
     fn vacate(&self, table: &mut Table, view: View) {
@@ -227,7 +251,12 @@ impl Windows {
     /// Ends the machine: the last that can be done for a target whose memory cannot be taken from
     /// the guest.
     pub(super) fn give_up(&self, error: TakeError) {
+        self.has_failed.store(true, Ordering::SeqCst);
         self.host.hardware.stop.end(GenerationEnd::Failed(error.into()));
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::SeqCst)
     }
 
     /// Whether `gpa`, where the guest wrote and nothing takes writes, is part of the windows; the

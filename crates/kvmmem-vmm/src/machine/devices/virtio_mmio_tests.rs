@@ -137,7 +137,8 @@ fn queues_outside_ram_leave_a_device_that_needs_a_reset() {
 }
 
 proptest! {
-    /// By any accesses of a driver, the device is activated at most once between two resets, with queues within RAM.
+    /// By any accesses of a driver, the device is activated at most once between two resets, with
+    /// queues within RAM.
     #[test]
     fn any_accesses_are_survived(
         accesses in prop::collection::vec(
