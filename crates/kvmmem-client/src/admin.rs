@@ -162,7 +162,7 @@ impl Admin {
         }
     }
 
-    /// Takes out a VM that was added, given by name or UUID; the VM itself runs on. Only root may.
+    /// Removes a VM that was added, given by name or UUID; the VM itself runs on. Only root may.
     pub fn remove_target(&mut self, target: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveTarget { target: target.to_owned() }).map(|_| ())
     }
@@ -181,7 +181,7 @@ impl Admin {
         }
     }
 
-    /// Takes out an introspector that was added, given by name or UUID: its views end, the VM
+    /// Removes an introspector that was added, given by name or UUID: its views end, the VM
     /// itself runs on. Only root may.
     pub fn remove_introspector(&mut self, name: &str) -> Result<(), ClientError> {
         self.ask(Call::RemoveIntrospector { name: name.to_owned() }).map(|_| ())

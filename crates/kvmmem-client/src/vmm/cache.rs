@@ -39,8 +39,9 @@ impl Cache {
         self.targets.insert(target.id, Arc::new(target));
     }
 
-    /// Records that the files of a target did not arrive with this introduction. The broker does not
-    /// report the end of a target that it has to introduce again: the oldest ones are forgotten.
+    /// Records that the files of a target did not arrive with this introduction. The broker does
+    /// not report the end of a target that it has to introduce again: the oldest ones are
+    /// forgotten.
     pub(super) fn lose_target(&mut self, id: u64, introduction: u64) {
         self.lost.insert(id, introduction);
         if self.lost.len() > MAX_LOST {

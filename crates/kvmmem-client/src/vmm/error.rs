@@ -16,8 +16,8 @@ pub enum RedeemError {
     /// This VM is not registered as an introspector.
     #[error("this VM may not map the memory of others")]
     Denied,
-    /// This process may open no more files, so those of the target have not arrived. The token keeps
-    /// its use.
+    /// This process may open no more files, so those of the target have not arrived. The token
+    /// keeps its use.
     #[error("no file descriptor is left for the target's RAM; raise the limit of open files")]
     NoDescriptors,
     /// The target's RAM is private to its VMM.

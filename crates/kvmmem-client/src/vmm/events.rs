@@ -13,10 +13,10 @@ use super::target::Target;
 /// An event may come before the view or the page that it concerns is where the handler looks for
 /// it: see [`super::VmmLink::current`] and [`super::VmmLink::is_revoked`].
 pub trait ViewEvents: Send + Sync {
-    /// A grant was revoked. Returns `true` when no access of the guest can reach the target's memory
-    /// by it, neither through a view nor through a page; the link then confirms that to the broker.
-    /// `false` where it still can: the handler then calls [`super::VmmLink::revoked`] once it
-    /// cannot.
+    /// A grant was revoked. Returns `true` when no access of the guest can reach the target's
+    /// memory by it, neither through a view nor through a page; the link then confirms that to the
+    /// broker. `false` where it still can: the handler then calls [`super::VmmLink::revoked`] once
+    /// it cannot.
     fn revoke(&self, grant: u64) -> bool;
 
     /// A target is gone: its views end.

@@ -120,8 +120,8 @@ impl VmmLink {
         self.shared.lock().lost
     }
 
-    /// Reports that this VM's RAM was reset, or that it is elsewhere in its files now. All who have a
-    /// view of it are told.
+    /// Reports that this VM's RAM was reset, or that it is elsewhere in its files now. All who have
+    /// a view of it are told.
     pub fn ram_changed(&self, regions: Vec<Region>, change: Change) {
         let mut state = self.shared.lock();
         state.registration.regions.clone_from(&regions);

@@ -67,8 +67,8 @@ impl Target {
         self.files.get(usize::try_from(index).ok()?).map(AsFd::as_fd)
     }
 
-    /// Grows with each change of its RAM, as [`super::ViewEvents::changed`] tells. This object stays
-    /// as it was.
+    /// Grows with each change of its RAM, as [`super::ViewEvents::changed`] tells. This object
+    /// stays as it was.
     pub fn generation(&self) -> u64 {
         self.generation
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tokens of a VMM: traded for a target, or used to open a view.
 
+use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use super::error::RedeemError;
 use super::link::VmmLink;
 use super::state::State;
 use super::target::{PageGrant, Target, ViewGrant};
-use super::views::MAX_UNDER_WAY;
+use super::views::{MAX_UNDER_WAY, Open};
 
 /// How long [`VmmLink::redeem`] and [`VmmLink::attach`] wait for the broker.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -103,8 +104,8 @@ impl VmmLink {
         Ok(ViewGrant { view, grant, target: target.ok_or(RedeemError::Unknown)?, scope })
     }
 
-    /// The target of a view as it is now; `None` once the view has ended: its grant was revoked, its
-    /// target is gone, or the connection was lost.
+    /// The target of a view as it is now; `None` once the view has ended: its grant was revoked,
+    /// its target is gone, or the connection was lost.
     pub fn current(&self, view: u64) -> Option<Arc<Target>> {
         let state = self.shared.lock();
         let open = state.views.open.get(&view)?;
@@ -116,14 +117,9 @@ impl VmmLink {
         self.shared.lock().views.is_revoked(grant)
     }
 
-    /// Tells that a view is closed.
+    /// Reports that a view is closed.
     pub fn detached(&self, view: u64, counters: ViewCounters) {
-        // One that has ended is no longer the broker's, and numbers start anew with each
-        // connection.
-        if self.shared.lock().views.open.remove(&view).is_some() {
-            self.shared.outbox.push(Call::Detached { view, counters });
-            self.shared.flush();
-        }
+        self.report(Call::Detached { view, counters }, |open| open.remove(&view).is_some());
     }
 
     /// Confirms that nothing is reached by a revoked grant any more, where
@@ -132,10 +128,18 @@ impl VmmLink {
         self.shared.revoked(grant);
     }
 
-    /// Tells a view's counters, as they are now.
+    /// Reports a view's counters, as they are now.
     pub fn counters(&self, view: u64, counters: ViewCounters) {
-        if self.shared.lock().views.open.contains_key(&view) {
-            self.shared.outbox.push(Call::Counters { view, counters });
+        self.report(Call::Counters { view, counters }, |open| open.contains_key(&view));
+    }
+
+    /// Reports something about a view that is open. One that has ended is no longer the broker's,
+    /// and numbers start anew with each connection, which is made with the same lock held.
+    fn report(&self, call: Call, is_open: impl FnOnce(&mut HashMap<u64, Open>) -> bool) {
+        let mut state = self.shared.lock();
+        if is_open(&mut state.views.open) {
+            self.shared.outbox.push(call);
+            drop(state);
             self.shared.flush();
         }
     }
