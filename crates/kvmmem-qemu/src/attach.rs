@@ -60,7 +60,7 @@ pub enum AttachError {
     Find(#[from] FindError),
     /// The process is not a VMM.
     #[error(
-        "process {pid} runs {program:?}, which is no VMM that kvmmem knows, by its name, its options and its memory; see kvmmem host discover"
+        "process {pid} runs {program:?}, which is not a VMM that kvmmem knows, by its name, its options and its memory; see kvmmem host discover"
     )]
     NoVmm {
         /// The process.

@@ -58,7 +58,7 @@ pub enum FindError {
     },
     /// Another process than QEMU listens at the QMP socket.
     #[error(
-        "the QMP socket is listened at by process {pid}, which runs {program:?}; give QEMU's process id too"
+        "process {pid} listens at the QMP socket and runs {program:?}; give QEMU's process id too"
     )]
     HandedSocket {
         /// The process.
@@ -80,7 +80,7 @@ pub enum FindError {
     Qmp(#[from] QmpError),
     /// The process runs something else.
     #[error(
-        "process {pid} runs {program:?}, which is no QEMU; introspectors of other VMMs have to register themselves"
+        "process {pid} runs {program:?}, which is not QEMU; introspectors of other VMMs have to register themselves"
     )]
     NoQemu {
         /// The process.

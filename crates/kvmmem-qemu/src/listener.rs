@@ -18,7 +18,9 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::json;
+use serde_json::value::RawValue;
 
 use crate::monitor::{Counts, Monitor, MonitorEvent, Run, Step, Subscriber};
 use crate::pause::Holders;
@@ -39,12 +41,12 @@ const GATHER: Duration = Duration::from_millis(50);
 const AGAIN_AT_LAST: Duration = Duration::from_secs(60);
 
 /// What a target's QEMU has reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum VmEvent {
+#[derive(Debug)]
+pub enum VmEvent<'q> {
     /// The guest was reset.
     Reset,
-    /// Memory may have been plugged in or out, or the connection is a new one.
-    Memory,
+    /// Memory may have been plugged in or out, or the connection is a new one: QEMU can be asked.
+    Memory(&'q mut Qmp),
     /// The VM has migrated: this QEMU does not run it any more.
     Left,
 }
@@ -60,8 +62,14 @@ pub enum ListenerAction {
     Stop,
 }
 
-/// Handles an event, and may ask QEMU about it; on a thread that may wait.
-type Tell = dyn FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send;
+/// Handles an event; on a thread that may wait.
+type Handle = dyn FnMut(VmEvent<'_>) -> ListenerAction + Send;
+
+/// What is read of the answer to `query-status`.
+#[derive(Deserialize)]
+struct StatusAnswer {
+    status: String,
+}
 
 /// A target's monitor, until [`Listener::close`].
 pub struct Listener {
@@ -69,7 +77,7 @@ pub struct Listener {
     monitor: Arc<Monitor>,
     state: Mutex<State>,
     /// Used by the job that asks QEMU. There is one at a time.
-    tell: Mutex<Box<Tell>>,
+    handle: Mutex<Box<Handle>>,
     /// The pause of the VM, where there is one.
     holders: Mutex<Holders>,
     /// How many questions wait.
@@ -89,7 +97,8 @@ struct State {
     gather: Instant,
     /// The memory size as it was last.
     memory: Option<MemorySize>,
-    /// When to ask for memory size and status; `None` while QEMU is asked, or there is no connection.
+    /// When to ask for memory size and status; `None` while QEMU is asked, or there is no
+    /// connection.
     ask: Option<Instant>,
     is_over: bool,
 }
@@ -105,13 +114,13 @@ struct Work {
 }
 
 impl Listener {
-    /// Listens to a monitor. `find` connects where the connection is lost; `tell` gets each change.
+    /// Listens to a monitor. `find` connects where the connection is lost; `handle` gets each event.
     /// Both are jobs of `run`, which may wait. `wake` is called when a step is due earlier than the
     /// last one has returned. A pause that no client has asked for again for `silence` ends.
     pub fn new(
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
+        handle: impl FnMut(VmEvent<'_>) -> ListenerAction + Send + 'static,
         silence: Duration,
         run: Arc<Run>,
         wake: impl Fn() + Send + Sync + 'static,
@@ -128,7 +137,7 @@ impl Listener {
             me: Weak::clone(me),
             monitor,
             state: Mutex::new(state),
-            tell: Mutex::new(Box::new(tell)),
+            handle: Mutex::new(Box::new(handle)),
             holders: Mutex::new(Holders::new(silence)),
             questions: AtomicUsize::new(0),
             run: Arc::clone(&run),
@@ -162,7 +171,7 @@ impl Listener {
         }
         let ask = state.ask;
         drop(state);
-        let until = [step.until, ask, self.work()].into_iter().flatten().min();
+        let until = [step.until, self.monitor.due(), ask, self.work()].into_iter().flatten().min();
         Some(Step { until, ..step })
     }
 
@@ -177,7 +186,7 @@ impl Listener {
         let (me, none) = (Weak::clone(&self.me), json!({}));
         self.monitor.send("query-memory-size-summary", &none, move |answer| {
             if let (Some(me), Ok(answer)) = (me.upgrade(), answer) {
-                me.take_memory_size(answer);
+                me.take_memory_size(&answer);
             }
         });
         let me = Weak::clone(&self.me);
@@ -188,8 +197,8 @@ impl Listener {
         });
     }
 
-    fn take_memory_size(&self, answer: Value) {
-        let Ok(size) = serde_json::from_value::<MemorySize>(answer) else {
+    fn take_memory_size(&self, answer: &RawValue) {
+        let Ok(size) = serde_json::from_str::<MemorySize>(answer.get()) else {
             return self.monitor.reconnect();
         };
         let former = self.state().memory.replace(size);
@@ -198,8 +207,9 @@ impl Listener {
         }
     }
 
-    fn take_status(&self, answer: &Value) {
-        let pause = match answer.get("status").and_then(Value::as_str) {
+    fn take_status(&self, answer: &RawValue) {
+        let answer: Option<StatusAnswer> = serde_json::from_str(answer.get()).ok();
+        let pause = match answer.as_ref().map(|answer| &*answer.status) {
             Some("postmigrate") => return self.add(|work| work.left = true),
             Some("finish-migrate") => MIGRATING,
             _ => IDLE,
@@ -227,7 +237,7 @@ impl Listener {
 }
 
 impl Subscriber for Listener {
-    fn hear(&self, event: &MonitorEvent, _counts: Counts) {
+    fn notify(&self, event: &MonitorEvent, _counts: Counts) {
         let mut state = self.state();
         match event {
             MonitorEvent::Lost => {

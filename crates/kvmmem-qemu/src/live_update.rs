@@ -4,6 +4,8 @@
 //! migrates to another host has no such process.
 
 use std::collections::HashSet;
+use std::io;
+use std::path::PathBuf;
 
 use kvmmem_proto::map::Region;
 
@@ -11,6 +13,7 @@ use super::file_id::FileId;
 use super::mapping::Mapping;
 use super::process::Process;
 use super::recognise::recognise;
+use super::unix_socket::{Full, LIMIT, look_up};
 use super::vmm::Vmm;
 
 /// Finds for each VM the QEMU that has all these parts of files mapped as RAM of its own; none of
@@ -24,7 +27,13 @@ pub fn find(vms: &[Vec<(FileId, Region)>], others: &HashSet<u32>) -> Vec<Option<
         let entries = std::fs::read_dir("/proc").into_iter().flatten();
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
     };
-    find_among(vms, others, pids)
+    find_among(vms, others, pids, |pid| {
+        // Who reads a process's command line waits for its memory's lock, which a process may hold
+        // for ever. It must keep no other VM's end from being noticed.
+        let path = PathBuf::from(format!("/proc/{pid}"));
+        let none = || io::Error::from(io::ErrorKind::NotFound);
+        look_up(&path, LIMIT, Full::Fail, move |_| candidate(pid).ok_or_else(none)).ok()
+    })
 }
 
 /// Looks at each process once, for all VMs, and at none where no VM has RAM to hand over.
@@ -32,6 +41,7 @@ fn find_among<P: Iterator<Item = u32>>(
     vms: &[Vec<(FileId, Region)>],
     others: &HashSet<u32>,
     pids: impl FnOnce() -> P,
+    candidate: impl Fn(u32) -> Option<(Process, Vec<Mapping>)>,
 ) -> Vec<Option<Process>> {
     let mut found: Vec<Option<Process>> = vms.iter().map(|_| None).collect();
     let mut left = vms.iter().filter(|ram| !ram.is_empty()).count();
@@ -115,13 +125,17 @@ mod tests {
             [std::process::id()].into_iter()
         };
         // Private RAM is in no file that another process could have.
-        assert!(find_among(&vec![Vec::new(); 100], &others, pids).iter().all(Option::is_none));
+        assert!(
+            find_among(&vec![Vec::new(); 100], &others, pids, candidate)
+                .iter()
+                .all(Option::is_none)
+        );
         assert_eq!(walks.get(), 0);
         let ram = vec![(
             FileId { device: 1, inode: 7 },
             Region { gpa: 0, len: 0x1000, offset: 0, file: 0 },
         )];
-        let found = find_among(&vec![ram; 100], &others, pids);
+        let found = find_among(&vec![ram; 100], &others, pids, candidate);
         // This process has not been started to have a VM come.
         assert!(found.len() == 100 && found.iter().all(Option::is_none));
         assert_eq!(walks.get(), 1);

@@ -29,8 +29,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::file_id::FileId;
+use crate::qmp::line::MAX_SHORT;
 use crate::qmp::{Qmp, QmpError};
 use connection::{Command, Connection, Output, shut_down};
 pub use subscriber::{Counts, MonitorEvent, Subscriber};
@@ -43,7 +45,8 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// How soon to step again after another thread did.
 const SOON: Duration = Duration::from_millis(1);
 
-/// The most connections whose closes may block while a new one is made, and how often to look again.
+/// The most connections whose closes may block while a new one is made, and how often to look
+/// again.
 const MAX_CLOSING: usize = 2;
 const CLOSING_PAUSE: Duration = Duration::from_secs(1);
 
@@ -205,23 +208,29 @@ impl Monitor {
             self.connect_again();
         }
         // What was passed on may have sent more.
-        let state = self.state();
-        let until = match &state.connection {
-            Some(connection) => connection.deadline(),
-            None if state.is_stopped => None,
-            None => Some(state.again.unwrap_or(now + LOOK)),
-        };
-        Step { until, is_behind }
+        Step { until: self.due(), is_behind }
     }
 
-    /// Sends a command without waiting for its answer, which `reply` gets from the thread that steps.
+    /// When the next step is due as it is now: a command that was sent since the last step has a
+    /// limit.
+    pub fn due(&self) -> Option<Instant> {
+        let state = self.state();
+        match &state.connection {
+            Some(connection) => connection.deadline(),
+            None if state.is_stopped => None,
+            None => Some(state.again.unwrap_or_else(|| Instant::now() + LOOK)),
+        }
+    }
+
+    /// Sends a command without waiting for its answer, which is short, and which `reply` gets from
+    /// the thread that steps.
     pub fn send(
         &self,
         command: &'static str,
         arguments: &Value,
-        reply: impl FnOnce(Result<Value, QmpError>) + Send + 'static,
+        reply: impl FnOnce(Result<Box<RawValue>, QmpError>) + Send + 'static,
     ) {
-        self.put(Command::new(command, arguments, None, Box::new(reply)), None);
+        self.put(Command::new(command, arguments, None, MAX_SHORT, Box::new(reply)), None);
     }
 
     /// Queues a command, for one connection alone where `losses` says so.
@@ -260,7 +269,7 @@ impl Monitor {
                 }
             };
             let counts = self.counts();
-            subscribers.iter().for_each(|subscriber| subscriber.hear(&event, counts));
+            subscribers.iter().for_each(|subscriber| subscriber.notify(&event, counts));
         }
     }
 

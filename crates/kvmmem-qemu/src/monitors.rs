@@ -29,11 +29,11 @@ impl Monitors {
         monitor.map_or_else(|| Qmp::connect(path), |monitor| monitor.lend())
     }
 
-    /// The monitor at the path of a connection, which it takes over where it is new or has ended. The
-    /// caller subscribes.
+    /// The monitor at the path of a connection, which it takes over where it is new or has ended.
+    /// The caller subscribes.
     pub fn of(&self, path: &Path, qmp: Option<Qmp>) -> Arc<Monitor> {
-        // Also one that has ended: another caller may be about to subscribe to it, and QEMU serves one
-        // connection.
+        // Also one that has ended: another caller may be about to subscribe to it, and QEMU serves
+        // one connection.
         if let Some(monitor) = self.find(|monitor| monitor.path() == path) {
             monitor.expect_user(qmp);
             return monitor;

@@ -31,7 +31,7 @@ pub enum MtreeError {
     #[error("QEMU's memory tree has no view of address space \"memory\"")]
     NoView,
     /// A line is not what QEMU writes.
-    #[error("QEMU's memory tree has the line {0:?}, which is no range")]
+    #[error("QEMU's memory tree has the line {0:?}, which is not a range")]
     Line(String),
     /// There are more than `MAX_RANGES`.
     #[error("QEMU's memory tree has more than {MAX_RANGES} ranges")]

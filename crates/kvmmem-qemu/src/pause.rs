@@ -135,6 +135,11 @@ impl Holders {
         self.owes |= self.watcher.take().is_some();
     }
 
+    /// Whether the VM is to run again, and QEMU has not been able to be asked.
+    pub(crate) fn owes(&self) -> bool {
+        self.owes
+    }
+
     /// Makes up for what could not be done over the connection before.
     pub(crate) fn reconnected(&mut self, qmp: &mut Qmp) {
         if self.owes {

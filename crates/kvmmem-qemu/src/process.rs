@@ -38,8 +38,8 @@ pub enum ProcessError {
     /// It is not there, or has ended.
     #[error("there is no process {0}")]
     Gone(u32),
-    /// It may not be looked at.
-    #[error("process {0} may not be looked at; root with CAP_SYS_PTRACE may")]
+    /// It may not be examined.
+    #[error("process {0} may not be examined; root with CAP_SYS_PTRACE may")]
     Denied(u32),
     /// What `/proc` says is longer than it is with any VMM.
     #[error("{what} of process {pid} is too long to be a VMM's")]

@@ -21,12 +21,13 @@ use std::time::{Duration, Instant};
 use kvmmem_sys::socket::peer_credentials;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::file_id::FileId;
 use crate::unix_socket;
 pub use error::QmpError;
-use line::{LineError, Lines};
+use line::{LineError, Lines, MAX_RECEIVED};
 use message::Message;
 pub use message::QmpEvent;
 
@@ -70,7 +71,7 @@ pub(crate) trait SharedConnection: fmt::Debug + Send + Sync {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
         end: Option<Instant>,
-    ) -> Result<Value, QmpError>;
+    ) -> Result<Box<RawValue>, QmpError>;
 
     /// Ends the connection for all: an answer made no sense.
     fn fail(&self);
@@ -168,15 +169,14 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]. After all but [`QmpError::Refused`] nothing more can be asked.
     pub fn execute(&mut self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
-        self.run(command, &arguments, None)
+        self.ask(command, arguments)
     }
 
     /// Hands a file descriptor over, into a new set or into `fdset`. `/proc/self/fd/N` names it for
     /// QEMU from then on.
     pub fn add_fd(&mut self, fd: BorrowedFd<'_>, fdset: Option<u64>) -> Result<AddedFd, QmpError> {
         let arguments = fdset.map_or_else(|| json!({}), |fdset| json!({ "fdset-id": fdset }));
-        let answer = self.run("add-fd", &arguments, Some(fd))?;
-        self.read_answer("add-fd", answer)
+        self.ask_with("add-fd", &arguments, Some(fd))
     }
 
     pub(crate) fn ask<T: DeserializeOwned>(
@@ -184,16 +184,17 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
     ) -> Result<T, QmpError> {
-        let answer = self.execute(command, arguments)?;
-        self.read_answer(command, answer)
+        self.ask_with(command, &arguments, None)
     }
 
-    fn read_answer<T: DeserializeOwned>(
+    fn ask_with<T: DeserializeOwned>(
         &mut self,
         command: &'static str,
-        answer: Value,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
     ) -> Result<T, QmpError> {
-        serde_json::from_value(answer).map_err(|_| self.garbage(command))
+        let answer = self.run(command, arguments, fd)?;
+        serde_json::from_str(answer.get()).map_err(|_| self.garbage(command))
     }
 
     fn run(
@@ -201,7 +202,7 @@ impl Qmp {
         command: &'static str,
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, QmpError> {
+    ) -> Result<Box<RawValue>, QmpError> {
         self.check()?;
         if let Channel::Lent(lent) = &self.channel {
             let result = lent.execute(command, arguments, fd, self.end);
@@ -222,8 +223,8 @@ impl Qmp {
         deadline: Instant,
         is_wanted: impl Fn(&Message) -> Option<bool>,
     ) -> Result<Message, QmpError> {
-        // What comes before it does not put the deadline off, and what has come by then is not late:
-        // so each message is counted.
+        // What comes before it does not put the deadline off, and what has come by then is not
+        // late: so each message is counted.
         for _ in 0..=MAX_EVENTS {
             let message = self.message(command, deadline)?;
             if is_wanted(&message).ok_or_else(|| self.garbage(command))? {
@@ -260,7 +261,7 @@ impl Qmp {
     /// A conversation hears what it waits for alone: the rest is bounded by its end.
     fn deadline(&mut self) -> Instant {
         if let Channel::Own { lines, .. } = &mut self.channel {
-            lines.begin();
+            lines.begin(MAX_RECEIVED);
         }
         let deadline = Instant::now() + LIMIT;
         self.end.map_or(deadline, |end| end.min(deadline))

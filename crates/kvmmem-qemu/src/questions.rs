@@ -31,8 +31,8 @@ pub type Reply = Sender<Result<VcpuAnswer, AskError>>;
 
 /// Takes questions to a VMM.
 pub trait Ask: Debug + Send + Sync {
-    /// Passes a question on. `reply` gets the answer later, or is dropped where there is none. Where
-    /// it is `None` no client waits, and this must not wait for the VMM.
+    /// Passes a question on. `reply` gets the answer later, or is dropped where there is none.
+    /// Where it is `None` no client waits, and this must not wait for the VMM.
     fn put(&self, question: VcpuQuestion, reply: Option<Reply>) -> Result<(), AskError>;
 }
 

@@ -17,13 +17,21 @@ use rustix::net::sockopt::set_socket_oobinline;
 use crate::file_id::FileId;
 
 /// How long a lookup may take.
-const LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const LIMIT: Duration = Duration::from_secs(2);
 
-/// The most threads that are left behind. The caller's own thread hangs where there are more.
+/// The most threads that are left behind. Where there are more, the caller's own thread hangs
+/// ([`Full::Wait`]), or nothing is looked up.
 const MAX_HUNG: usize = 16;
 
 /// Virtual memory of a lookup's stack, bytes.
 const STACK: usize = 64 << 10;
+
+/// What a lookup does where [`MAX_HUNG`] others hang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Full {
+    Wait,
+    Fail,
+}
 
 /// The paths whose lookups hang. Each thread holds the other end.
 static HUNG: Mutex<Vec<Weak<PathBuf>>> = Mutex::new(Vec::new());
@@ -33,10 +41,11 @@ static HUNG: Mutex<Vec<Weak<PathBuf>>> = Mutex::new(Vec::new());
 /// # Errors
 /// Those of `connect`; `TimedOut` where the file system does not answer.
 pub(crate) fn connect(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
-    look_up(path, LIMIT, |path| {
+    look_up(path, LIMIT, Full::Wait, |path| {
         let (socket, _) = begin(&Endpoint::Unix(path.to_owned()))?;
         rustix::io::ioctl_fionbio(&socket, false)?;
-        // Else a byte that is sent out of band, and a file with it, is not seen before it is received.
+        // Else a byte that is sent out of band, and a file with it, is not seen before it is
+        // received.
         set_socket_oobinline(&socket, true)?;
         Ok((socket, stat(path).ok()))
     })
@@ -47,16 +56,21 @@ pub(crate) fn connect(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
 /// # Errors
 /// Those of `stat`; `TimedOut` where the file system does not answer.
 pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
-    look_up(path, LIMIT, stat)
+    look_up(path, LIMIT, Full::Wait, stat)
 }
 
 fn stat(path: &Path) -> io::Result<FileId> {
     Ok(FileId::of(&rustix::fs::stat(path)?))
 }
 
-fn look_up<T: Send + 'static>(
+/// Does `work`, which may hang, on a thread that is left behind where it does.
+///
+/// # Errors
+/// Those of `work`; `TimedOut` where it takes longer than `limit`, or hangs still.
+pub(crate) fn look_up<T: Send + 'static>(
     path: &Path,
     limit: Duration,
+    full: Full,
     work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let hung: Vec<Arc<PathBuf>> = {
@@ -68,7 +82,7 @@ fn look_up<T: Send + 'static>(
         return Err(no_answer());
     }
     if hung.len() >= MAX_HUNG {
-        return work(path);
+        return if full == Full::Wait { work(path) } else { Err(no_answer()) };
     }
     let path = Arc::new(path.to_owned());
     let is_hanging = Arc::downgrade(&path);
@@ -101,15 +115,16 @@ mod tests {
     fn a_path_that_hangs_is_left_and_not_tried_again_until_it_answers() {
         let (path, limit) = (Path::new("/nowhere/hung.qmp"), Duration::from_millis(1));
         let (answer, answers): (Sender<()>, Receiver<()>) = mpsc::channel();
-        let hung = look_up(path, limit, move |_| Ok(answers.recv()));
+        let hung = look_up(path, limit, Full::Wait, move |_| Ok(answers.recv()));
         assert_eq!(hung.unwrap_err().kind(), io::ErrorKind::TimedOut);
-        let again = look_up(path, limit, |_| -> io::Result<()> { panic!("it is tried") });
+        let again =
+            look_up(path, limit, Full::Wait, |_| -> io::Result<()> { panic!("it is tried") });
         assert_eq!(again.unwrap_err().kind(), io::ErrorKind::TimedOut);
         // No other path is delayed.
-        assert!(look_up(Path::new("/"), Duration::from_secs(60), stat).is_ok());
+        assert!(look_up(Path::new("/"), Duration::from_secs(60), Full::Wait, stat).is_ok());
         drop(answer);
         let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        while look_up(path, Duration::from_secs(60), |_| Ok(())).is_err() {
+        while look_up(path, Duration::from_secs(60), Full::Wait, |_| Ok(())).is_err() {
             assert!(std::time::Instant::now() < deadline, "its end is not noticed");
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -35,14 +35,14 @@ impl Service {
     ) -> std::io::Result<()> {
         let silence = self.broker().limits().silence;
         let monitor = monitor.map(|Socket { path, listener, qmp }| {
-            let (finder, teller) = (Arc::downgrade(self), Arc::downgrade(self));
-            let tell = move |qmp: &mut Qmp, event| {
-                teller.upgrade().map_or(ListenerAction::Stop, |it| it.hear(vm, qmp, event))
+            let (finder, handler) = (Arc::downgrade(self), Arc::downgrade(self));
+            let handle = move |event: VmEvent<'_>| {
+                handler.upgrade().map_or(ListenerAction::Stop, |it| it.handle_event(vm, event))
             };
             let monitor = self.monitors().of(&path, qmp);
             let find = move || connect(&finder, vm, &path, listener);
             let threads = (self.reactor(), self.services());
-            Listening::start(threads, vm, monitor, find, tell, silence)
+            Listening::start(threads, vm, monitor, find, handle, silence)
         });
         let service = Arc::downgrade(self);
         let ended = move |watched: Vec<WatchedVmm>| {
@@ -91,7 +91,7 @@ impl Service {
     }
 
     /// Does what a QEMU's event demands.
-    fn hear(self: &Arc<Self>, vm: u64, qmp: &mut Qmp, event: VmEvent) -> ListenerAction {
+    fn handle_event(self: &Arc<Self>, vm: u64, event: VmEvent<'_>) -> ListenerAction {
         let vm = self.broker().vm(vm);
         let Some((vm, ram)) = vm.as_ref().and_then(|vm| Some((vm, vm.ram()?))) else {
             return ListenerAction::Stop;
@@ -100,11 +100,15 @@ impl Service {
             VmEvent::Reset => {
                 let regions = ram.layout().map.regions().to_vec();
                 if let Err(refused) = self.broker().ram_changed(Some(vm), regions, Change::Reset) {
-                    tracing::warn!(vm = vm.id(), reason = refused.message, "a reset is not told");
+                    tracing::warn!(
+                        vm = vm.id(),
+                        reason = refused.message,
+                        "a reset could not be reported"
+                    );
                 }
                 ListenerAction::Listen
             }
-            VmEvent::Memory => self.look_again(vm, qmp),
+            VmEvent::Memory(qmp) => self.look_again(vm, qmp),
             VmEvent::Left => {
                 if let Some(watched) = self.external().remove(vm.id()) {
                     self.vmms_ended(vec![watched]);

@@ -37,14 +37,14 @@ struct Steps {
 }
 
 impl Listening {
-    /// Listens to the QEMU of a target by its monitor. `find` connects where there is no connection;
-    /// `tell` gets what QEMU reports. Both may ask QEMU.
+    /// Listens to the QEMU of a target by its monitor. `find` connects where there is no
+    /// connection; `handle` gets what QEMU reports. Both may ask QEMU.
     pub(super) fn start(
         (reactor, workers): (&Reactor, &Workers),
         target: u64,
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
+        handle: impl FnMut(VmEvent<'_>) -> ListenerAction + Send + 'static,
         silence: Duration,
     ) -> io::Result<Self> {
         workers.start()?;
@@ -61,7 +61,7 @@ impl Listening {
         });
         let waker = Arc::clone(&steps);
         let listener =
-            Listener::new(monitor, find, tell, silence, Arc::new(run), move || waker.wake());
+            Listener::new(monitor, find, handle, silence, Arc::new(run), move || waker.wake());
         let stepped = Arc::clone(&listener);
         let handler = Arc::clone(&steps);
         let token = reactor.insert(Arc::new(move |_, _, _| handler.step(&stepped)))?;
@@ -124,9 +124,15 @@ impl Steps {
         let Some(token) = self.token.get() else { return };
         let fd = socket.as_ref().map(|socket| (socket, READABLE));
         if let Err(error) = self.reactor.arm(*token, fd, until) {
-            tracing::error!(%error, "cannot wait for a QEMU's messages; a later attempt may succeed");
+            let pause = if error.kind() == io::ErrorKind::AlreadyExists {
+                // A listener before this one has the same socket until it has ended.
+                FLOOD_PAUSE
+            } else {
+                tracing::error!(%error, "cannot wait for a QEMU's messages; a later attempt may succeed");
+                Duration::from_secs(1)
+            };
             // It fails for file descriptors alone.
-            let _ = self.reactor.arm(*token, None, Some(Instant::now() + Duration::from_secs(1)));
+            let _ = self.reactor.arm(*token, None, Some(Instant::now() + pause));
         }
     }
 }

@@ -100,7 +100,7 @@ impl Service {
         Ok(vm)
     }
 
-    /// Takes a VM out that was attached with [`Self::add_target`]. The VM itself runs on.
+    /// Removes a VM that was added with [`Self::add_target`]. The VM itself runs on.
     pub(crate) fn remove_target(&self, target: &str) -> Result<Answer, CallError> {
         let vm = self.broker().find(target)?;
         // One that is just being added is listed before its VMM is watched.

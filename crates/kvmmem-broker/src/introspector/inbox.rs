@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What an introspector's thread has to handle: pushes of the broker, events of QEMU, and views that
-//! are to end.
+//! What an introspector's thread has to handle: pushes of the broker, events of QEMU, and views
+//! that are to end.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -115,7 +115,7 @@ impl Viewer for Inbox {
 }
 
 impl Subscriber for Inbox {
-    fn hear(&self, event: &MonitorEvent, counts: Counts) {
+    fn notify(&self, event: &MonitorEvent, counts: Counts) {
         match event {
             MonitorEvent::Lost => self.put(Notice::Lost(counts.losses)),
             MonitorEvent::Found => self.put(Notice::Found),

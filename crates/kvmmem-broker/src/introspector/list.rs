@@ -8,7 +8,7 @@ use super::handle::Introspector;
 use crate::sync::lock;
 
 /// The most introspectors: each has a thread.
-pub(super) const MAX: usize = 64;
+pub(crate) const MAX: usize = 64;
 
 /// The introspectors, by the broker's numbers for their VMs.
 #[derive(Debug, Default)]

@@ -76,7 +76,7 @@ pub enum OpenError {
     #[error("no token can be made for the view: {0:?}")]
     Mint(KvmError),
     /// The introspector is being taken out.
-    #[error("this VM is no introspector any more")]
+    #[error("this VM is no longer an introspector")]
     Closed,
     /// QEMU does not say which slots there are.
     #[error("cannot find a PCI slot for the view")]

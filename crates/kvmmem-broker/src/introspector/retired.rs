@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Retired ports: PCI buses of an introspector that no view is plugged into before it is reset.
 //!
-//! A tool that does without the module maps PCI devices by itself, and unplugging them does not take
-//! the mappings away: they show what is plugged in next at that address. So the tool acknowledges
-//! that it has removed them, in the descriptor page or by the end of its connection. Where it has
-//! not by the time at which the devices are gone, nothing more comes to that address: the bus is
-//! retired. The slots of one bus share its addresses.
+//! A tool that does without the module maps PCI devices by itself, and unplugging them does not
+//! take the mappings away: they show what is plugged in next at that address. So the tool
+//! acknowledges that it has removed them, in the descriptor page or by the end of its connection.
+//! Where it has not by the time at which the devices are gone, nothing more comes to that address:
+//! the bus is retired. The slots of one bus share its addresses.
 //!
 //! The bus was marked in QEMU before the view was plugged in ([`Mark`]), so that a later broker
 //! knows it as well.

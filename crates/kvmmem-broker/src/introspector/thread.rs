@@ -260,7 +260,9 @@ impl Thread {
     fn wait(&self, step: Step, next: Option<Instant>, is_alive: bool) {
         let now = Instant::now();
         let left = |until: Instant| until.saturating_duration_since(now);
-        let mut limit = [step.until, next].into_iter().flatten().min().map(left);
+        // What was sent since the step has a limit too.
+        let due = self.it.monitor.due();
+        let mut limit = [step.until, due, next].into_iter().flatten().min().map(left);
         let mut socket: Option<Arc<OwnedFd>> = self.it.monitor.socket();
         if step.is_behind {
             socket = None;

@@ -3,7 +3,8 @@
 //! descriptor page lists.
 //!
 //! A token is listed from the moment in which it is made until the driver has used it, it has
-//! expired, or it is used otherwise. Each use is reported to the broker as a VMM of ours reports it.
+//! expired, or it is used otherwise. Each use is reported to the broker as a VMM of ours reports
+//! it.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -57,7 +58,8 @@ impl TokenView {
     /// Lists a token that is about to be given out and lives for `lifetime`.
     ///
     /// # Errors
-    /// EAGAIN where the list is full or the view has ended, ENOMEM where the page cannot be written.
+    /// EAGAIN where the list is full or the view has ended, ENOMEM where the page cannot be
+    /// written.
     pub(crate) fn list(
         &self,
         token: &Token,
@@ -79,8 +81,8 @@ impl TokenView {
         Ok(())
     }
 
-    /// Withdraws the tokens that were used or have expired, all of them once the view has ended, and
-    /// reports the uses; returns when to look again, where any are left.
+    /// Withdraws the tokens that were used or have expired, all of them once the view has ended,
+    /// and reports the uses; returns when to look again, where any are left.
     pub(super) fn tend(&self, link: &Link, now: Instant) -> Option<Instant> {
         let mut listed = lock(&self.listed);
         // No token is listed from then on.
@@ -102,17 +104,17 @@ impl TokenView {
         lock(&self.listed).remove(link, |one, _| one.digest == digest);
     }
 
-    /// Withdraws the token of a grant that is revoked, and reports its use where the driver was first.
-    /// Returns whether the driver had used it.
+    /// Withdraws the token of a grant that is revoked, and reports its use where the driver was
+    /// first. Returns whether the driver had used it.
     pub(super) fn revoke(&self, link: &Link, grant: u64) -> bool {
         lock(&self.listed).remove(link, |one, _| one.grant == grant)
     }
 }
 
 impl ListedTokens {
-    /// Withdraws the tokens that `is_meant` picks, and reports those that the driver has used; whether
-    /// there were any. A revocation waits for that at the list's lock: it finds a use here or in the
-    /// broker's tables.
+    /// Withdraws the tokens that `is_meant` picks, and reports those that the driver has used;
+    /// whether there were any. A revocation waits for that at the list's lock: it finds a use here
+    /// or in the broker's tables.
     fn remove(&mut self, link: &Link, is_meant: impl Fn(&ListedToken, &TokenList) -> bool) -> bool {
         let mut were_used = false;
         let list = &mut self.list;

@@ -40,8 +40,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 static WARNINGS: RateLimit = RateLimit::new(5);
 
 impl Introspector {
-    /// Makes a token for a tool of this VM, and lists it in a view's descriptor page: the guest's driver
-    /// serves MAP from that view.
+    /// Makes a token for a tool of this VM, and lists it in a view's descriptor page: the guest's
+    /// driver serves MAP from that view.
     ///
     /// # Errors
     /// Those of [`Broker::mint`], and EAGAIN while the view is being plugged in.
@@ -177,8 +177,8 @@ impl Introspector {
         }
     }
 
-    /// Withdraws the tokens that were used, have expired or are of a view that has ended; returns when
-    /// to look again.
+    /// Withdraws the tokens that were used, have expired or are of a view that has ended; returns
+    /// when to look again.
     pub(super) fn tend_tokens(&self, now: Instant) -> Option<Instant> {
         let open = lock(&self.token_views.list).open();
         let next = open.iter().filter_map(|view| view.tend(&self.link, now)).min();

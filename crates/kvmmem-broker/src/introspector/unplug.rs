@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Unplugs one view: the guest's driver is told, the devices are unplugged, QEMU releases the memory.
+//! Unplugs one view: the guest's driver is told, the devices are unplugged, QEMU releases the
+//! memory.
 //!
 //! The driver is asked first, so that its processes learn why. That the guest reaches nothing any
 //! more is not its word, though, but QEMU's: the devices are deleted. Nothing here waits: each step

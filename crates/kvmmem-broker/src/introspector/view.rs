@@ -150,8 +150,8 @@ impl View {
         lock(&self.life).end
     }
 
-    /// Says that the view ends with this state. Whether it has to be unplugged now: else it is gone,
-    /// it is being unplugged already, or it is the opener's, who will have it undone.
+    /// Says that the view ends with this state. Whether it has to be unplugged now: else it is
+    /// gone, it is being unplugged already, or it is the opener's, who will have it undone.
     pub(super) fn claim(&self, state: u32) -> bool {
         let mut life = lock(&self.life);
         let is_free = matches!(life.phase, Phase::Open | Phase::Stuck);

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use kvmmem_proto::message::{VcpuAnswer, VcpuQuestion};
 
 use super::Listener;
+use crate::pause::Holders;
 use crate::qmp::Qmp;
 use crate::questions::{Ask, AskError, LIMIT, MAX_WAITING, Reply};
 
@@ -45,14 +46,28 @@ impl Listener {
                 let (vcpus, more) = qmp.registers(number(first), number(count))?;
                 VcpuAnswer::Registers { vcpus, more }
             }
-            VcpuQuestion::Pause { holder, is_new } => {
-                VcpuAnswer::Paused { was_running: self.holders().hold(&mut qmp, holder, is_new)? }
-            }
+            VcpuQuestion::Pause { holder, is_new } => VcpuAnswer::Paused {
+                was_running: self.pause(|holders| holders.hold(&mut qmp, holder, is_new))?,
+            },
             VcpuQuestion::Resume { holder } => {
-                self.holders().release(&mut qmp, holder)?;
+                self.pause(|holders| holders.release(&mut qmp, holder))?;
                 VcpuAnswer::Resumed
             }
         })
+    }
+
+    /// Begins or ends a pause. Where QEMU has not resumed the VM in time, it is asked again over a
+    /// new connection.
+    pub(super) fn pause<T>(
+        &self,
+        act: impl FnOnce(&mut Holders) -> Result<T, AskError>,
+    ) -> Result<T, AskError> {
+        let mut holders = self.holders();
+        let done = act(&mut holders);
+        if done.is_err() && holders.owes() {
+            self.monitor.reconnect();
+        }
+        done
     }
 
     /// Asks QEMU by a job: it may take its time. Where there is no thread for the end of a pause,

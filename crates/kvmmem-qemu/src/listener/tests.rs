@@ -36,7 +36,7 @@ impl Fake {
         let path = self.path.clone();
         let find = move || Qmp::connect(&path).ok();
         let monitor = Monitor::new(self.path.clone(), None);
-        Listening::start(monitor, find, |_, _| ListenerAction::Listen, silence, run)
+        Listening::start(monitor, find, |_| ListenerAction::Listen, silence, run)
     }
 }
 
@@ -65,11 +65,11 @@ impl Listening {
     fn start(
         monitor: Arc<Monitor>,
         find: impl Fn() -> Option<Qmp> + Send + Sync + 'static,
-        tell: impl FnMut(&mut Qmp, VmEvent) -> ListenerAction + Send + 'static,
+        handle: impl FnMut(VmEvent<'_>) -> ListenerAction + Send + 'static,
         silence: Duration,
         run: Arc<Run>,
     ) -> Self {
-        let listener = Listener::new(monitor, find, tell, silence, run, || {});
+        let listener = Listener::new(monitor, find, handle, silence, run, || {});
         let stepped = Arc::clone(&listener);
         std::thread::spawn(move || {
             while stepped.step().is_some() {
@@ -186,6 +186,20 @@ fn a_vm_runs_again_after_each_fault() {
 }
 
 #[test]
+fn a_vm_that_qemu_has_not_resumed_in_time_runs_over_a_new_connection() {
+    let fake = Fake::start("running");
+    let listening = fake.listen();
+    let (_pause, _) = retry(|| listening.questions().pause()).unwrap();
+    let failed: Result<(), _> = listening.listener.pause(|holders| {
+        holders.lost();
+        Err(AskError::Silent)
+    });
+    assert!(matches!(failed, Err(AskError::Silent)));
+    fake.wait("running");
+    assert_eq!(fake.machine().commands, ["stop", "cont"]);
+}
+
+#[test]
 fn a_target_that_is_removed_runs_again() {
     let fake = Fake::start("running");
     let monitor = fake.listen();
@@ -276,12 +290,71 @@ fn memory_that_is_plugged_in_before_the_first_question_or_after_it_is_noticed() 
         crate::qmp::tests::serve(vec![GREETING.into(), READY.into(), size(0), size(1)]);
     let qmp = Qmp::connect(&path).unwrap();
     let (told, events) = mpsc::channel();
-    let tell = move |_: &mut Qmp, event| {
-        told.send(event).map_or(ListenerAction::Stop, |()| ListenerAction::Listen)
+    let handle = move |event: VmEvent<'_>| {
+        let is_memory = matches!(event, VmEvent::Memory(_));
+        told.send(is_memory).map_or(ListenerAction::Stop, |()| ListenerAction::Listen)
     };
     let monitor = Monitor::new(path, Some(qmp));
-    let _listening = Listening::start(monitor, || None, tell, PATIENCE, threads());
+    let _listening = Listening::start(monitor, || None, handle, PATIENCE, threads());
     for _ in 0..2 {
-        assert_eq!(events.recv_timeout(Duration::from_secs(60)), Ok(VmEvent::Memory));
+        assert_eq!(events.recv_timeout(Duration::from_secs(60)), Ok(true));
     }
+}
+
+#[test]
+fn a_reset_just_before_the_connection_is_lost_is_reported() {
+    let (_directory, path, _qemu) = crate::qmp::tests::serve(vec![
+        GREETING.into(),
+        format!("{READY}{{\"event\":\"RESET\"}}\n"),
+    ]);
+    let jobs: Arc<Mutex<Option<Vec<Job>>>> = Arc::new(Mutex::new(Some(Vec::new())));
+    let (resets, reset) = mpsc::channel();
+    let handle = move |event: VmEvent<'_>| {
+        if matches!(event, VmEvent::Reset) {
+            resets.send(()).unwrap();
+        }
+        ListenerAction::Listen
+    };
+    let monitor = Monitor::new(path.clone(), Some(Qmp::connect(&path).unwrap()));
+    let listening = Listening::start(Arc::clone(&monitor), || None, handle, PATIENCE, keep(&jobs));
+    let began = Instant::now();
+    while monitor.counts().resets == 0 {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    monitor.reconnect();
+    while monitor.is_up() {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Also what the first job leaves to others.
+    while reset.try_recv().is_err() {
+        assert!(began.elapsed() < PATIENCE, "the reset is not reported");
+        let due = jobs.lock().unwrap().replace(Vec::new()).unwrap();
+        due.into_iter().for_each(|job| job());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    *jobs.lock().unwrap() = None;
+    drop(listening);
+}
+
+#[test]
+fn a_question_that_a_step_has_sent_has_its_limit_without_further_steps() {
+    let fake = Fake::start("running");
+    let path = fake.path.clone();
+    let find = move || Qmp::connect(&path).ok();
+    let monitor = Monitor::new(fake.path.clone(), None);
+    let handle = |_: VmEvent<'_>| ListenerAction::Listen;
+    let listener = Listener::new(Arc::clone(&monitor), find, handle, PATIENCE, threads(), || {});
+    let began = Instant::now();
+    while !monitor.is_up() {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        listener.step();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    fake.machine().fault = Some(("query-memory-size-summary", Fault::Silence));
+    listener.state().ask = Some(Instant::now());
+    let until = listener.step().unwrap().until;
+    assert!(until.is_some_and(|until| until > Instant::now()), "{until:?}");
+    assert!(until.is_some_and(|until| until <= Instant::now() + crate::qmp::LIMIT), "{until:?}");
 }

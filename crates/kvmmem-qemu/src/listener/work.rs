@@ -52,27 +52,29 @@ impl Listener {
         if work.lost {
             self.holders().lost();
         }
-        let events = [
-            work.reset.then_some(VmEvent::Reset),
-            (work.memory || work.found).then_some(VmEvent::Memory),
-            work.left.then_some(VmEvent::Left),
-        ];
-        if events.iter().all(Option::is_none) {
-            return Ok(ListenerAction::Listen);
-        }
-        let mut qmp = self.monitor.lend()?;
-        if work.found {
-            self.holders().reconnected(&mut qmp);
-            // Before the layout, so that memory which is plugged in between is noticed later.
-            let memory = qmp.memory_size()?;
-            self.state().memory = Some(memory);
-        }
-        let mut tell = lock(&self.tell);
-        for event in events.into_iter().flatten() {
-            match tell(&mut qmp, event) {
+        let mut handle = lock(&self.handle);
+        // First, and without QEMU, which may be lost by now: no later event stands for it.
+        if work.reset {
+            match handle(VmEvent::Reset) {
                 ListenerAction::Listen => {}
                 next => return Ok(next),
             }
+        }
+        if work.memory || work.found {
+            let mut qmp = self.monitor.lend()?;
+            if work.found {
+                self.holders().reconnected(&mut qmp);
+                // Before the layout, so that memory which is plugged in between is noticed later.
+                let memory = qmp.memory_size()?;
+                self.state().memory = Some(memory);
+            }
+            match handle(VmEvent::Memory(&mut qmp)) {
+                ListenerAction::Listen => {}
+                next => return Ok(next),
+            }
+        }
+        if work.left {
+            return Ok(handle(VmEvent::Left));
         }
         if work.found {
             self.state().ask = Some(Instant::now());

@@ -8,10 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::file_id::FileId;
-use crate::qmp::line::{LineError, Lines};
+use crate::qmp::line::{LineError, Lines, MAX_SHORT};
 use crate::qmp::message::Message;
 use crate::qmp::{LIMIT, MAX_EVENTS, Qmp, QmpError, QmpEvent};
 
@@ -19,13 +20,18 @@ use crate::qmp::{LIMIT, MAX_EVENTS, Qmp, QmpError, QmpEvent};
 const TURN: Duration = Duration::from_millis(2);
 
 /// Gets the answer to a command.
-type Reply = Box<dyn FnOnce(Result<Value, QmpError>) + Send>;
+type Reply = Box<dyn FnOnce(Answer) + Send>;
+
+/// An answer as QEMU sent it, or why there is none.
+pub(super) type Answer = Result<Box<RawValue>, QmpError>;
 
 /// A command that is to be sent.
 pub(super) struct Command {
     name: &'static str,
     text: String,
     fd: Option<OwnedFd>,
+    /// The most bytes that its answer may have, with what comes before it.
+    most: usize,
     reply: Reply,
 }
 
@@ -41,7 +47,7 @@ struct UnderWay {
 /// What comes of a step.
 pub(super) enum Output {
     Event(QmpEvent),
-    Answer(Reply, Result<Value, QmpError>),
+    Answer(Reply, Answer),
     Lost,
     Found,
 }
@@ -61,10 +67,11 @@ impl Command {
         name: &'static str,
         arguments: &Value,
         fd: Option<OwnedFd>,
+        most: usize,
         reply: Reply,
     ) -> Self {
         let text = format!("{}\n", json!({ "execute": name, "arguments": arguments }));
-        Self { name, text, fd, reply }
+        Self { name, text, fd, most, reply }
     }
 
     pub(super) fn fail(self, error: QmpError) {
@@ -112,10 +119,10 @@ impl Connection {
         outputs: &mut Vec<Output>,
     ) -> Result<bool, QmpError> {
         let began = Instant::now();
-        if self.under_way.is_none() {
-            self.lines.begin();
-        }
         for _ in 0..MAX_EVENTS {
+            if self.under_way.is_none() {
+                self.lines.begin(MAX_SHORT);
+            }
             if let Some(event) = self.events.pop_front() {
                 outputs.push(Output::Event(event));
                 continue;
@@ -173,10 +180,10 @@ impl Connection {
 
     /// Sends the next command. QEMU has read those before it, so that it takes this one at once.
     fn send_next(&mut self) -> Result<(), LineError> {
-        let Some(Command { name, text, fd, reply }) = self.waiting.pop_front() else {
+        let Some(Command { name, text, fd, most, reply }) = self.waiting.pop_front() else {
             return Ok(());
         };
-        self.lines.begin();
+        self.lines.begin(most);
         let now = Instant::now();
         self.under_way = Some(UnderWay { name, deadline: now + LIMIT, others: 0, reply });
         self.lines.send(text.as_bytes(), fd.as_ref().map(AsFd::as_fd), now)

@@ -7,10 +7,12 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::connection::{Command, shut_down};
 use super::users::Users;
 use super::{Monitor, lock};
+use crate::qmp::line::MAX_RECEIVED;
 use crate::qmp::{LIMIT, Qmp, QmpError, SharedConnection};
 
 /// How long a command may wait for those before it.
@@ -35,7 +37,7 @@ impl SharedConnection for Loan {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
         end: Option<Instant>,
-    ) -> Result<Value, QmpError> {
+    ) -> Result<Box<RawValue>, QmpError> {
         let path = self.monitor.path();
         let failed = |source| QmpError::Connection { path: path.to_owned(), source };
         let fd = fd.map(|fd| fd.try_clone_to_owned()).transpose().map_err(failed)?;
@@ -44,7 +46,7 @@ impl SharedConnection for Loan {
             // Who has given up waiting needs no answer.
             let _ = reply.send(result);
         };
-        let command = Command::new(command, arguments, fd, Box::new(reply));
+        let command = Command::new(command, arguments, fd, MAX_RECEIVED, Box::new(reply));
         self.monitor.put(command, Some(self.losses));
         let end = end.unwrap_or_else(|| Instant::now() + QUEUE_LIMIT);
         let due = Instant::now() + LIMIT;

@@ -35,8 +35,8 @@ impl Monitor {
         Some(Arc::clone(connection.stream()))
     }
 
-    /// Has a job close a connection: what was not received may have files whose close blocks, and who
-    /// steps must not wait for that.
+    /// Has a job close a connection: what was not received may have files whose close blocks, and
+    /// who steps must not wait for that.
     pub(super) fn close_aside(&self, socket: Arc<OwnedFd>, run: Option<Arc<Run>>) {
         let closing = Arc::clone(&self.closing);
         let close = move || {

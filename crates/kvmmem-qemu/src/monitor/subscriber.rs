@@ -7,7 +7,7 @@ use crate::qmp::QmpEvent;
 /// connected: it must neither wait nor step.
 pub trait Subscriber: Send + Sync {
     /// Something has happened; `counts` includes it.
-    fn hear(&self, event: &MonitorEvent, counts: Counts);
+    fn notify(&self, event: &MonitorEvent, counts: Counts);
 }
 
 /// What a monitor reports.

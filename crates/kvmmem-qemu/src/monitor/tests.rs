@@ -27,7 +27,7 @@ struct Ear {
 }
 
 impl Subscriber for Ear {
-    fn hear(&self, event: &MonitorEvent, counts: Counts) {
+    fn notify(&self, event: &MonitorEvent, counts: Counts) {
         match event {
             MonitorEvent::Qmp(_) => drop(self.events.fetch_add(1, Ordering::Relaxed)),
             other => lock(&self.others).push((other.clone(), counts)),
@@ -68,7 +68,8 @@ fn step_until(monitor: &Arc<Monitor>, is_so: impl Fn() -> bool) {
 /// Sends a command; its result comes here.
 fn send(monitor: &Monitor) -> mpsc::Receiver<Result<Value, QmpError>> {
     let (reply, result) = mpsc::channel();
-    monitor.send("stop", &json!({}), move |answer| reply.send(answer).unwrap());
+    let read = |answer: Box<RawValue>| serde_json::from_str(answer.get()).unwrap();
+    monitor.send("stop", &json!({}), move |answer| reply.send(answer.map(read)).unwrap());
     result
 }
 
@@ -157,6 +158,25 @@ fn an_answer_to_no_command_costs_the_connection() {
     let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
     step_until(&monitor, || !lock(&ear.others).is_empty());
     assert!(!monitor.is_up());
+}
+
+#[test]
+fn a_long_line_that_answers_no_command_costs_the_connection() {
+    let long = "x".repeat(MAX_SHORT);
+    let event = format!("{{\"event\":\"X\",\"data\":{{\"x\":\"{long}\"}}}}\n");
+    let (_directory, path, _qemu) = serve(vec![GREETING.into(), format!("{READY}{event}")]);
+    let (monitor, ear) = monitor(Some(Qmp::connect(&path).unwrap()), || None);
+    step_until(&monitor, || !monitor.is_up());
+    assert_eq!(lock(&ear.others).last().map(|(event, _)| event), Some(&MonitorEvent::Lost));
+    // A command whose answer is waited for may have a long one.
+    let answer = format!("{{\"return\":\"{long}\"}}\n");
+    let (_directory, path, _qemu) = serve(vec![GREETING.into(), READY.into(), answer]);
+    let (monitor, _ear) = self::monitor(Some(Qmp::connect(&path).unwrap()), || None);
+    let mut lent = monitor.lend().unwrap();
+    let stepped = Arc::clone(&monitor);
+    let answer = std::thread::spawn(move || lent.execute("human-monitor-command", json!({})));
+    step_until(&stepped, || answer.is_finished());
+    assert_eq!(answer.join().unwrap().unwrap(), json!(long));
 }
 
 #[test]

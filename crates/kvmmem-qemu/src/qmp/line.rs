@@ -21,6 +21,9 @@ use super::error::QmpError;
 /// The most that is read for one command, bytes. A memory tree of some 100 devices has 200 KiB.
 pub(crate) const MAX_RECEIVED: usize = 8 * 1024 * 1024;
 
+/// The most that is read of a line that answers no command, or one whose answer is short, bytes.
+pub(crate) const MAX_SHORT: usize = 256 * 1024;
+
 /// How much is read at a time, and kept of the buffer between lines, bytes.
 const CHUNK: usize = 16 * 1024;
 
@@ -33,7 +36,11 @@ pub(crate) struct Lines {
     buffer: Vec<u8>,
     /// Where in the buffer the next line begins.
     start: usize,
+    /// Up to where in the buffer there is no end of that line.
+    searched: usize,
     received: usize,
+    /// The most that may be received.
+    most: usize,
 }
 
 /// Why there is no line.
@@ -41,7 +48,7 @@ pub(crate) struct Lines {
 pub(crate) enum LineError {
     /// Nothing came in time, or nothing was taken.
     Silent,
-    /// [`MAX_RECEIVED`] bytes came.
+    /// More bytes came than may.
     TooMuch,
     /// The stream failed or ended.
     Io(io::Error),
@@ -61,16 +68,17 @@ impl LineError {
 
 impl Lines {
     pub(crate) fn new(stream: OwnedFd) -> Self {
-        Self { stream: Arc::new(stream), buffer: Vec::new(), start: 0, received: 0 }
+        let stream = Arc::new(stream);
+        Self { stream, buffer: Vec::new(), start: 0, searched: 0, received: 0, most: MAX_RECEIVED }
     }
 
     pub(crate) fn stream(&self) -> &Arc<OwnedFd> {
         &self.stream
     }
 
-    /// Lets [`MAX_RECEIVED`] bytes come from now on.
-    pub(crate) fn begin(&mut self) {
-        self.received = self.buffer.len() - self.start;
+    /// Lets `most` bytes come from now on.
+    pub(crate) fn begin(&mut self, most: usize) {
+        (self.received, self.most) = (self.buffer.len() - self.start, most);
     }
 
     /// Sends a text, with a file descriptor beside it.
@@ -104,14 +112,13 @@ impl Lines {
 
     /// The next line; the newline is part of it. What has come of it until the deadline is kept.
     pub(crate) fn next(&mut self, deadline: Instant) -> Result<Vec<u8>, LineError> {
-        let mut searched = self.start;
         let mut has_looked = false;
         loop {
-            let unsearched = self.buffer.get(searched..).unwrap_or_default();
+            let unsearched = self.buffer.get(self.searched..).unwrap_or_default();
             if let Some(end) = unsearched.iter().position(|byte| *byte == b'\n') {
-                let end = searched + end + 1;
+                let end = self.searched + end + 1;
                 let line = self.buffer.get(self.start..end).unwrap_or_default().to_vec();
-                self.start = end;
+                (self.start, self.searched) = (end, end);
                 return Ok(line);
             }
             // No more than the beginning of a line is left.
@@ -120,7 +127,7 @@ impl Lines {
                 self.buffer.shrink_to(CHUNK);
                 self.start = 0;
             }
-            searched = self.buffer.len();
+            self.searched = self.buffer.len();
             // Once in any case: what has come already is not late.
             if has_looked && Instant::now() >= deadline {
                 return Err(LineError::Silent);
@@ -136,15 +143,15 @@ impl Lines {
                 Err(error) => return Err(LineError::Io(error.into())),
             };
             self.received += count;
-            if self.received > MAX_RECEIVED {
+            if self.received > self.most {
                 return Err(LineError::TooMuch);
             }
             self.buffer.extend_from_slice(chunk.get(..count).unwrap_or_default());
         }
     }
 
-    /// Receives what has come. Who receives data closes the files that come with it, and the close of a
-    /// file may block for as long as its sender likes: data with files is left where it is.
+    /// Receives what has come. Who receives data closes the files that come with it, and the close
+    /// of a file may block for as long as its sender likes: data with files is left where it is.
     ///
     /// # Errors
     /// `NOMSG` where files have come.

@@ -2,7 +2,8 @@
 //! What QEMU sends: a greeting, answers, events.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
 
 use super::error::QmpError;
 
@@ -22,16 +23,17 @@ pub struct QmpEvent {
     pub device: Option<String>,
 }
 
-/// One line.
+/// One line. Of what may be any JSON no tree is built here, where the reactor waits: the trees of
+/// some lines take a hundred times their memory.
 #[derive(Deserialize)]
 pub(crate) struct Message {
     #[serde(rename = "QMP")]
-    pub(crate) greeting: Option<Value>,
+    pub(crate) greeting: Option<IgnoredAny>,
     #[serde(rename = "return")]
-    answer: Option<Value>,
+    answer: Option<Box<RawValue>>,
     error: Option<Failure>,
     /// That of the command that it answers.
-    id: Option<Value>,
+    id: Option<Box<RawValue>>,
     event: Option<String>,
     #[serde(default)]
     data: EventData,
@@ -58,7 +60,8 @@ impl Message {
 
     /// Whether it answers the command with this id.
     pub(crate) fn has_id(&self, id: &str) -> bool {
-        self.id.as_ref().is_some_and(|it| it == id)
+        let of = |it: &RawValue| serde_json::from_str::<&str>(it.get()).is_ok_and(|it| it == id);
+        self.id.as_deref().is_some_and(of)
     }
 
     /// Whether it is an event, or an answer to whichever command.
@@ -67,13 +70,13 @@ impl Message {
     }
 
     /// What it answers to `command`.
-    pub(crate) fn into_result(self, command: &'static str) -> Result<Value, QmpError> {
+    pub(crate) fn into_result(self, command: &'static str) -> Result<Box<RawValue>, QmpError> {
         match self.error {
             Some(failure) => {
                 let description = failure.desc.chars().take(MAX_DESCRIPTION).collect();
                 Err(QmpError::Refused { command, description })
             }
-            None => Ok(self.answer.unwrap_or_default()),
+            None => Ok(self.answer.unwrap_or_else(|| RawValue::NULL.to_owned())),
         }
     }
 

@@ -80,7 +80,7 @@ pub enum WindowLayoutError {
     },
     /// There are more windows or ranges than a descriptor holds.
     #[error(
-        "the grant comes to {0} pieces of powers of two, at most {MAX_RANGES} can be shown; grant fewer or rounder ranges"
+        "the grant needs {0} windows, each of a power of two, and at most {MAX_RANGES} fit; grant fewer or rounder ranges"
     )]
     TooMany(usize),
 }

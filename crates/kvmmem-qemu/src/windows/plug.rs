@@ -104,12 +104,13 @@ pub fn slots_of(windows: usize) -> usize {
 }
 
 /// Whether QEMU knows nothing of what it was to delete.
-pub fn is_not_found(answer: &Result<Value, QmpError>) -> bool {
+pub fn is_not_found<T>(answer: &Result<T, QmpError>) -> bool {
     answer.as_ref().is_err_and(|error| error.says(NOT_FOUND))
 }
 
 impl Plug {
-    /// What an earlier broker has left of its views, by the devices and the objects that QEMU lists.
+    /// What an earlier broker has left of its views, by the devices and the objects that QEMU
+    /// lists.
     pub(super) fn left_over(devices: &[String], objects: &[String]) -> Self {
         let mut slots: Vec<(String, Slot)> = Vec::new();
         let mut ids: Vec<&String> = devices.iter().chain(objects).collect();
@@ -305,12 +306,14 @@ fn backend(path: &str, size: u64, is_read_only: bool) -> Value {
     json!({
         "qom-type": "memory-backend-file", "mem-path": path, "size": size,
         "share": true, "readonly": is_read_only,
-        // Unlike the defaults of QEMU's own RAM: none of the target's memory is touched, and none is in a dump of the introspector.
+        // Unlike the defaults of QEMU's own RAM: none of the target's memory is touched, and none
+        // is in a dump of the introspector.
         "prealloc": false, "dump": false,
     })
 }
 
-/// Nothing here panics while it holds the lock; were something to, what it left is as good as before.
+/// Nothing here panics while it holds the lock; were something to, what it left is as good as
+/// before.
 fn lock(plug: &Mutex<Plug>) -> MutexGuard<'_, Plug> {
     plug.lock().unwrap_or_else(PoisonError::into_inner)
 }
