@@ -7,11 +7,9 @@ use clap::{Parser, ValueEnum};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use kvmmem_proto::client::DEFAULT_SOCKET;
 use kvmmem_proto::guest::GUEST_PORT;
 use kvmmem_proto::message::KvmiPolicy;
-
-/// The default socket.
-const SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// The host's service for kvmmem: knows the VMs, speaks KVMI with introspection tools, gives out
 /// mapping tokens.
@@ -136,7 +134,7 @@ impl Options {
     pub(crate) fn settings(self, rust_log: Option<String>) -> Result<Settings, ConfigError> {
         let config = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
         Ok(Settings {
-            socket: self.socket.or(config.socket).unwrap_or_else(|| SOCKET.into()),
+            socket: self.socket.or(config.socket).unwrap_or_else(|| DEFAULT_SOCKET.into()),
             group: self.group.or(config.group),
             json: self.json || config.json,
             log: self.log.or(rust_log).or(config.log).unwrap_or_else(|| "info".to_owned()),
@@ -228,7 +226,7 @@ mod tests {
     #[test]
     fn an_empty_file_leaves_the_defaults() {
         let settings = settings("# nothing\n", &[], None).unwrap();
-        assert_eq!(settings.socket, Path::new(SOCKET));
+        assert_eq!(settings.socket, Path::new(DEFAULT_SOCKET));
         assert_eq!(
             (settings.group, settings.json, settings.audit, settings.state),
             (None, false, None, None)

@@ -5,13 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use kvmmem::view::default_socket;
 use kvmmem_client::admin::Admin;
-
-/// Environment variable with the path of the broker's socket.
-const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
-
-/// Where kvmmemd listens by default.
-const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// What to look at where the broker cannot be reached.
 pub(crate) const NO_BROKER: &str = "no broker: is kvmmemd running, and may this user open its socket (root, or the socket's group)?";
@@ -28,9 +23,4 @@ impl Broker {
     pub(crate) fn connect(&self) -> Result<Admin> {
         Admin::connect(&self.socket.clone().unwrap_or_else(default_socket)).context(NO_BROKER)
     }
-}
-
-/// The broker's socket, without an option.
-pub(crate) fn default_socket() -> PathBuf {
-    std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
 }

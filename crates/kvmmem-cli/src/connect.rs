@@ -56,6 +56,9 @@ impl Connect {
                 }
                 Err(ListenerError::Session { source, .. }) => {
                     tracing::warn!("a connection was no good: {:#}", anyhow::Error::new(source));
+                    if start.elapsed() >= limit {
+                        return Err(ListenerError::Timeout { endpoint, limit }.into());
+                    }
                 }
                 Err(ListenerError::Timeout { endpoint, .. }) => {
                     return Err(ListenerError::Timeout { endpoint, limit }.into());

@@ -11,7 +11,7 @@
 mod channel;
 mod closer;
 mod connection;
-mod place;
+mod connection_limit;
 #[cfg(test)]
 mod tests;
 mod tool;
@@ -41,7 +41,7 @@ use serde::Serialize;
 
 use self::closer::Closer;
 use self::connection::Connection;
-use self::place::Place;
+use self::connection_limit::ToolSlot;
 use self::tool::Attach;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
@@ -126,8 +126,8 @@ fn close_aside(sockets: impl Send + 'static) {
     let _ = close.spawn(move || drop(sockets));
 }
 
-/// Each tool takes several file descriptors, and each refused one at least one until it is closed: the
-/// usual soft limit of 1,024 is too low.
+/// Each tool takes several file descriptors, and each refused one at least one until it is closed:
+/// the usual soft limit of 1,024 is too low.
 fn raise_fd_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
@@ -175,7 +175,7 @@ struct Tools {
 
 /// A tool, until none of its threads is left.
 struct Running {
-    place: Arc<Place>,
+    slot: Arc<ToolSlot>,
     /// The tool's threads own it. The last one closes the socket, and with it the files in packets
     /// that were not received, which may block.
     connection: Weak<Connection>,
@@ -197,7 +197,7 @@ impl Tools {
     fn admit_as(&mut self, fd: OwnedFd, credentials: Credentials) -> io::Result<()> {
         let socket = PacketSocket::accepted(fd, SEND_LIMIT).map_err(io::Error::other)?;
         let connection = Arc::new(Connection::new(socket, credentials));
-        if let Err((refusal, message)) = self.find_place(credentials) {
+        if let Err((refusal, message)) = self.find_slot(credentials) {
             // A tool that does not read it does without.
             let refused = FromBroker::Refused { id: 0, refusal, message };
             let _ = connection.socket.send(&refused, &[], Wait::No);
@@ -206,8 +206,8 @@ impl Tools {
             return Ok(());
         }
         let (attach, ask_limit) = (Arc::clone(&self.attach), self.ask_limit);
-        let place = Arc::clone(&connection.place);
-        self.running.push(Running { place, connection: Arc::downgrade(&connection) });
+        let slot = Arc::clone(&connection.slot);
+        self.running.push(Running { slot, connection: Arc::downgrade(&connection) });
         // One that cannot be started is given nothing that it would drop here.
         let (give, given) = channel::<Arc<Connection>>();
         let started = std::thread::Builder::new().name("tool".into()).spawn(move || {
@@ -228,13 +228,13 @@ impl Tools {
         Ok(())
     }
 
-    fn find_place(&mut self, who: Credentials) -> Result<(), (Refusal, String)> {
+    fn find_slot(&mut self, who: Credentials) -> Result<(), (Refusal, String)> {
         if !who.is_administrator() && !self.admits_all {
             return Err((Refusal::Denied, format!("user {} may not", who.uid)));
         }
         self.forget_ended();
-        let taken = self.running.iter().map(|tool| &*tool.place);
-        place::find(taken, who.uid).map_err(|message| (Refusal::Limit, message))
+        let taken = self.running.iter().map(|tool| &*tool.slot);
+        connection_limit::find(taken, who.uid).map_err(|message| (Refusal::Limit, message))
     }
 
     fn forget_ended(&mut self) {

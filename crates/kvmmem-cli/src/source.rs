@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result, anyhow};
 use clap::Args;
 use kvmmem::Token;
-use kvmmem::view::{Access, Range, View, ViewError};
+use kvmmem::view::{Access, Range, View, ViewError, default_socket};
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, GrantRequest, Rights};
 use zeroize::Zeroizing;
 
-use crate::broker::{NO_BROKER, default_socket};
+use crate::broker::NO_BROKER;
 use crate::connect::Connect;
 use crate::embedded::{Embedded, is_absent};
 use crate::failure::usage;
@@ -47,8 +47,8 @@ pub(crate) struct Source {
     #[arg(long, value_name = "HEX", conflicts_with_all = ["token_file", "listen"])]
     token: Option<Token>,
 
-    /// File with the token, or with all that `kvmmem grant create` printed; - is standard input [default:
-    /// the token in KVMMEM_TOKEN, or else a KVMI session's]
+    /// File with the token, or with all that `kvmmem grant create` printed; - is standard input
+    /// [default: the token in KVMMEM_TOKEN, or else a KVMI session's]
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     token_file: Option<PathBuf>,
 
@@ -155,7 +155,7 @@ impl Source {
                     _ => "`kvmmem host discover` prints the command that adds it".to_owned(),
                 };
                 found
-                    .with_context(|| format!("{target} is no target of the broker; {}", add()))?
+                    .with_context(|| format!("{target} is not a target of the broker; {}", add()))?
                     .identity
                     .uuid
                     .to_string()

@@ -159,7 +159,7 @@ impl Arguments {
             serial,
             name: self.name.unwrap_or_else(|| format!("vm-{}", std::process::id())),
             uuid: self.uuid.unwrap_or_else(random_uuid).into_bytes(),
-            broker: self.broker.or_else(|| needs_broker.then(crate::broker::default_socket)),
+            broker: self.broker.or_else(|| needs_broker.then(kvmmem::view::default_socket)),
             introspectable: self.introspectable,
             introspector: self.introspector,
             hypercalls: match self.hypercalls {

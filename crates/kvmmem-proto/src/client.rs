@@ -13,6 +13,9 @@ use crate::map::MapError;
 use crate::message::{Answer, FromBroker, Refusal, Request};
 use crate::packet::{LossyPacket, PacketBuffer, PacketError, PacketSocket, Wait};
 
+/// Where the broker listens by default.
+pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
+
 /// How long the broker may take to answer, or to take a packet.
 pub const LIMIT: Duration = Duration::from_secs(5);
 

@@ -122,8 +122,8 @@ fn listener(path: &Path, group: Option<u32>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a socket its group and mode: nothing but a socket, as the folder may be another user's, who
-/// puts a link in its place.
+/// Gives a socket its group and mode: nothing but a socket, as the folder may be another user's,
+/// who puts a link in its place.
 fn admit(path: &Path, group: Option<u32>) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let socket = openat(CWD, path, flags, Mode::empty())?;

@@ -91,16 +91,16 @@ pub enum Call {
         /// Number of the view.
         view: u64,
     },
-    /// Tells that a view of this connection was closed. One way: never answered.
+    /// Reports that a view of this connection was closed. One way: never answered.
     Detached {
         /// Its number.
         view: u64,
         /// Its last counters.
         counters: ViewCounters,
     },
-    /// Tells that the files of a target did not arrive, so that what was opened cannot be used: it is
-    /// closed, and an operator's token gets the use back. The files come again with what is opened
-    /// next. One way: never answered.
+    /// Reports that the files of a target did not arrive, so that what was opened cannot be used:
+    /// it is closed, and an operator's token gets the use back. The files come again with what is
+    /// opened next. One way: never answered.
     Unreceived {
         /// Number of the target.
         target: u64,
@@ -110,28 +110,28 @@ pub enum Call {
         /// What cannot be used.
         unusable: Unusable,
     },
-    /// Tells the counters of a view of this connection. One way: never answered.
+    /// Reports the counters of a view of this connection. One way: never answered.
     Counters {
         /// Its number.
         view: u64,
         /// The counters.
         counters: ViewCounters,
     },
-    /// Tells that nothing of this connection reaches memory by a revoked grant any more. One way:
+    /// Reports that nothing of this connection reaches memory by a revoked grant any more. One way:
     /// never answered.
     RevokedDone {
         /// Number of the grant.
         grant: u64,
     },
-    /// Tells that this connection's VM was reset or has other RAM now, in the same memfds. One way:
-    /// never answered.
+    /// Reports that this connection's VM was reset or has other RAM now, in the same memfds. One
+    /// way: never answered.
     RamChanged {
         /// Where its RAM is now.
         regions: Vec<Region>,
         /// What happened.
         change: Change,
     },
-    /// Tells that this connection's VM, whose RAM has not changed since, had this generation when
+    /// Reports that this connection's VM, whose RAM has not changed since, had this generation when
     /// it was registered with an earlier broker ([`Answer::Registered`], and one more for each
     /// [`Call::RamChanged`]). Only the first call after [`Call::Register`] may be this one,
     /// with a lower generation than the answer's. One way: never answered.
@@ -159,7 +159,7 @@ pub enum Call {
         /// Number of the grant.
         grant: u64,
     },
-    /// Tells, and sets, what tokens allow that KVMI makes for a target. Answer: [`Answer::Policy`].
+    /// Returns or sets what tokens allow that KVMI makes for a target. Answer: [`Answer::Policy`].
     Policy {
         /// Name or UUID of the target; by its UUID it need not be registered.
         target: String,
@@ -179,7 +179,7 @@ pub enum Call {
         /// What to call it; otherwise as its VMM does.
         name: Option<String>,
     },
-    /// Takes a VM out that was added; for root alone. Answer: [`Answer::Done`].
+    /// Removes a VM that was added; for root alone. Answer: [`Answer::Done`].
     RemoveTarget {
         /// Name or UUID of the target.
         target: String,
@@ -187,13 +187,13 @@ pub enum Call {
     /// Makes an introspector of a VM that runs under a stock QEMU: its views are PCI devices. For
     /// root alone. Answer: [`Answer::IntrospectorAdded`].
     AddIntrospector(IntrospectorRequest),
-    /// Takes an introspector out that was added, with its views; for root alone. Answer:
+    /// Removes an introspector that was added, with its views; for root alone. Answer:
     /// [`Answer::Done`].
     RemoveIntrospector {
         /// Its name or UUID.
         name: String,
     },
-    /// Tells how much room an introspector has for views that was added. Answer:
+    /// Asks how many views an introspector that was added has slots for. Answer:
     /// [`Answer::FreeSlots`].
     FreeSlots {
         /// Its name or UUID.

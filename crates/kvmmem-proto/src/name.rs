@@ -29,9 +29,9 @@ fn has_scheme(text: &str) -> bool {
 }
 
 /// The name of a VM that is called so; `None` where the text is empty. A character that is not to
-/// be shown becomes `?`, and so does the colon of `pid:`, `qmp:` or `libvirt:`. A text that is too long is cut, between characters, and ends in `~` and
-/// eight hexadecimal digits, which are those of all of the text (FNV-1a): texts that differ only
-/// where they are cut have different names.
+/// be shown becomes `?`, and so does the colon of `pid:`, `qmp:` or `libvirt:`. A text that is too
+/// long is cut, between characters, and ends in `~` and eight hexadecimal digits, which are those
+/// of all of the text (FNV-1a): texts that differ only where they are cut have different names.
 pub fn fit(text: &str) -> Option<String> {
     let mut plain: String = text.chars().map(|c| if is_unprintable(c) { '?' } else { c }).collect();
     if has_scheme(&plain) {

@@ -24,8 +24,8 @@ impl<'a> TimedSocket<'a> {
     }
 }
 
-/// Waits until something can be done with a file descriptor. Where the deadline has passed, it looks
-/// without waiting.
+/// Waits until something can be done with a file descriptor. Where the deadline has passed, it
+/// looks without waiting.
 ///
 /// # Errors
 /// `TimedOut`, and those of `poll`.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Attaches a view, by the token in KVMMEM_TOKEN (as `kvmmem grant create` prints it), and prints what it
-//! reaches and the first bytes of each range: `KVMMEM_TOKEN=... view_read`, in a virtual machine or
-//! on the host.
+//! Attaches a view, by the token in KVMMEM_TOKEN (as `kvmmem grant create` prints it), and prints
+//! what it reaches and the first bytes of each range: `KVMMEM_TOKEN=... view_read`, in a virtual
+//! machine or on the host.
 
 use std::error::Error;
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! v1 on `/dev/kvmmem`: single pages of another virtual machine in this process.
 //!
-//! Tools that speak KVMI map pages with it, one token a page; [`crate::View`] is the later interface.
-//! It mirrors the two ioctls in [`kvmmem_abi::ioctl`].
+//! Tools that speak KVMI map pages with it, one token a page; [`crate::View`] is the later
+//! interface. It mirrors the two ioctls in [`kvmmem_abi::ioctl`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

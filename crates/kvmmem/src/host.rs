@@ -6,8 +6,8 @@
 //! broker notifies the process, which unmaps and confirms ([`HostLink::confirm`]). To enforce it,
 //! end the process.
 //!
-//! If the RAM is private to its VMM there is no memfd. The broker then copies what the process reads
-//! and writes ([`Copier`]) and enforces the scope.
+//! If the RAM is private to its VMM there is no memfd. The broker then copies what the process
+//! reads and writes ([`Copier`]) and enforces the scope.
 
 mod channel;
 mod copier;
@@ -71,8 +71,8 @@ pub struct HostView {
     pub rights: Rights,
     /// The RAM that the grant reaches, by ascending address.
     pub regions: Vec<Region>,
-    /// The target's memfds, by [`Region::file`]: read-only if the view is, sealed against shrinking.
-    /// Empty if there is a [`HostView::copier`].
+    /// The target's memfds, by [`Region::file`]: read-only if the view is, sealed against
+    /// shrinking. Empty if there is a [`HostView::copier`].
     pub files: Vec<OwnedFd>,
     /// Copies memory that cannot be mapped; the offsets of [`HostView::regions`] have no meaning
     /// then.
@@ -109,9 +109,9 @@ impl HostLink {
     /// ```
     ///
     /// # Errors
-    /// [`ClientError`] if the broker cannot be reached or refuses the token. Where this process has no
-    /// file descriptors left for the target's RAM, the broker returns the token its use; `kvmmem proxy`
-    /// cannot.
+    /// [`ClientError`] if the broker cannot be reached or refuses the token. Where this process has
+    /// no file descriptors left for the target's RAM, the broker returns the token its use; `kvmmem
+    /// proxy` cannot.
     pub fn attach(
         socket: &Path,
         token: &Token,

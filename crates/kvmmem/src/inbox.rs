@@ -87,9 +87,11 @@ impl Inbox {
 
     /// Overwrites what was received, which held a secret.
     pub(crate) fn wipe(&mut self) {
-        if let Some(read) = self.bytes.get_mut(..self.start) {
-            zeroize::Zeroize::zeroize(read);
-        }
+        // What was moved to the front stands behind the end as well.
+        let (read, rest) = self.bytes.split_at_mut_checked(self.start).unwrap_or_default();
+        zeroize::Zeroize::zeroize(read);
+        let behind = rest.get_mut(self.end.saturating_sub(self.start)..).unwrap_or_default();
+        zeroize::Zeroize::zeroize(behind);
     }
 }
 
@@ -166,7 +168,8 @@ mod tests {
 
     #[test]
     fn what_was_read_can_be_wiped() {
-        let bytes = message(22, 1, &[0xaa; 40]);
+        // The answer is moved in front of where it came.
+        let bytes = [message(EVENT, 0, &[0xee; 8]), message(22, 1, &[0xaa; 40])].concat();
         let mut inbox = Inbox::new();
         inbox.answer(&mut &bytes[..], Duration::from_secs(60)).unwrap();
         inbox.wipe();

@@ -30,7 +30,9 @@ pub enum Endpoint {
 #[derive(Debug, thiserror::Error)]
 pub enum ListenerError {
     /// The endpoint's text is neither form.
-    #[error("{text:?} is no endpoint: write vsock:PORT (a number up to 0xfffffffe) or unix:PATH")]
+    #[error(
+        "{text:?} is not an endpoint: write vsock:PORT (a number up to 0xfffffffe) or unix:PATH"
+    )]
     Endpoint {
         /// What was given.
         text: String,
@@ -158,9 +160,12 @@ impl Listener {
     /// [`ListenerError::Accept`].
     pub fn accept(&self, timeout: Duration) -> Result<Session, ListenerError> {
         let start = Instant::now();
+        let mut is_first = true;
         loop {
             let left = timeout.saturating_sub(start.elapsed());
-            if !self.wait(left).map_err(|source| self.failed(source))? {
+            // Others than the host may connect again and again.
+            let is_late = left.is_zero() && !std::mem::take(&mut is_first);
+            if is_late || !self.wait(left).map_err(|source| self.failed(source))? {
                 return Err(ListenerError::Timeout {
                     endpoint: self.endpoint.clone(),
                     limit: timeout,

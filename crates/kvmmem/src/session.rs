@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! KVMI sessions: a connection to one virtual machine, on which the tool sends commands.
 //!
-//! Tools get one from [`crate::Listener::accept`]. Each method is one command of the protocol (crate
-//! `kvmmem-kvmi`). After an error of the connection the session is over.
+//! Tools get one from [`crate::Listener::accept`]. Each method is one command of the protocol
+//! (crate `kvmmem-kvmi`). After an error of the connection the session is over.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use kvmmem_abi::errno::KvmError;
@@ -16,11 +17,12 @@ use kvmmem_kvmi::reply::{
 };
 use kvmmem_kvmi::request::Request;
 use kvmmem_kvmi::token::Token;
+use kvmmem_proto::timed::TimedSocket;
 
 use crate::explain;
 use crate::inbox::Inbox;
 pub use crate::operation::Operation;
-use crate::stream::{Stream, Until};
+use crate::stream::Stream;
 
 /// Time limit of the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -108,11 +110,11 @@ pub struct Session {
 
 impl Session {
     /// Does the tool's side of the handshake and checks the version.
-    pub(crate) fn start(mut stream: Stream) -> Result<Self, SessionError> {
+    pub(crate) fn start(stream: Stream) -> Result<Self, SessionError> {
         let deadline = Instant::now() + HANDSHAKE_LIMIT;
-        let mut until = Until { stream: &mut stream, deadline };
-        let hello = VmHello::receive(&mut until)?;
-        ToolHello::default().send(&mut until)?;
+        let mut timed = TimedSocket::new(stream.as_fd(), deadline);
+        let hello = VmHello::receive(&mut timed)?;
+        ToolHello::default().send(&mut timed)?;
         stream.set_timeouts(REPLY_LIMIT).map_err(HandshakeError::from)?;
         let mut session = Self {
             stream,
@@ -227,8 +229,8 @@ impl Session {
         self.fixed(Operation::QueryPhysical { gfn }, &Request::QueryPhysical { gfn })
     }
 
-    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], valid for about
-    /// 3 seconds.
+    /// GET_MAP_TOKEN: a token for one [`crate::View`] or one [`crate::Device::map`], valid for
+    /// about 3 seconds.
     ///
     /// ```no_run
     /// # fn example(target: &mut kvmmem::Session) -> Result<(), Box<dyn std::error::Error>> {
@@ -240,8 +242,8 @@ impl Session {
     /// ```
     ///
     /// # Errors
-    /// [`SessionError`]; [`KvmError::Again`] if too many tokens are outstanding, or the host is still
-    /// plugging in the view by which a guest of a stock QEMU maps pages: ask again.
+    /// [`SessionError`]; [`KvmError::Again`] if too many tokens are outstanding, or the host is
+    /// still plugging in the view by which a guest of a stock QEMU maps pages: ask again.
     pub fn map_token(&mut self) -> Result<Token, SessionError> {
         let reply: MapToken = self.fixed(Operation::GetMapToken, &Request::GetMapToken)?;
         self.inbox.wipe();

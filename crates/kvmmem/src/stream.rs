@@ -2,8 +2,9 @@
 //! A connection to the host's introspection service, over a unix socket or vsock.
 
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vsock::VsockStream;
 
@@ -30,6 +31,15 @@ impl Stream {
     }
 }
 
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Vsock(stream) => stream.as_fd(),
+        }
+    }
+}
+
 impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
@@ -45,42 +55,6 @@ impl Write for Stream {
             Self::Unix(stream) => stream.write(buf),
             Self::Vsock(stream) => stream.write(buf),
         }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Reads and writes that all have to be over by one point in time, however slowly the bytes trickle
-/// in.
-pub(crate) struct Until<'a> {
-    pub(crate) stream: &'a mut Stream,
-    pub(crate) deadline: Instant,
-}
-
-impl Until<'_> {
-    fn arm(&self) -> io::Result<()> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        // A time limit of zero would mean none, and sockets count in microseconds.
-        self.stream.set_timeouts(left.max(Duration::from_millis(1)))
-    }
-}
-
-impl Read for Until<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.arm()?;
-        self.stream.read(buf)
-    }
-}
-
-impl Write for Until<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.arm()?;
-        self.stream.write(buf)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -31,7 +31,8 @@
 //! - Each access through [`View`] and [`Mapping`] is proven: it succeeds only if the bytes are the
 //!   view's. Only an access of your own at [`Mapping::address`] is not.
 //! - The host asks this process to release the memory, and waits for it for a second. If it is
-//!   stopped and does neither answer nor exit, the PCI port stays unused until the machine is reset.
+//!   stopped and does neither answer nor exit, the PCI port stays unused until the machine is
+//!   reset.
 //! - [`View::data_from`] knows the ranges only, and [`View::stats`] returns `None`.
 //!
 //! # Signals
@@ -74,6 +75,7 @@ pub use error::{ViewError, ViewOperation};
 pub use guest_endpoint::{GUEST_PORT_VARIABLE, GuestEndpointError, check_guest_endpoint};
 pub use kvmmem_abi::native::Stats;
 pub use kvmmem_memory::Range;
+pub use kvmmem_proto::client::DEFAULT_SOCKET;
 pub use mapping::{Mapping, MappingError};
 pub use status::{Access, Event, State, Status};
 pub use sysfs::discover::SysfsError;
@@ -81,9 +83,6 @@ pub use vectored::VectoredError;
 
 /// Environment variable with the path of the broker's socket.
 pub const SOCKET_VARIABLE: &str = "KVMMEM_BROKER";
-
-/// The socket of the host's broker, kvmmemd, by default.
-pub const DEFAULT_SOCKET: &str = "/run/kvmmem/kvmmemd.sock";
 
 /// The memory of one virtual machine. The view stays open while a [`Mapping`] of it lives.
 ///
@@ -123,9 +122,9 @@ impl View {
         self.backend.name()
     }
 
-    /// Identifies one run of the target. All views of the target have the same number, in guests and
-    /// on the host, until the target is reset, its RAM changes or its VMM exits. No other target
-    /// has it. `None` if the host or the driver does not report it.
+    /// Identifies one run of the target. All views of the target have the same number, in guests
+    /// and on the host, until the target is reset, its RAM changes or its VMM exits. No other
+    /// target has it. `None` if the host or the driver does not report it.
     ///
     /// ```no_run
     /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
@@ -142,7 +141,8 @@ impl View {
         self.backend.instance()
     }
 
-    /// The memory that can be reached: disjoint, in pages, ascending; empty once the view has ended.
+    /// The memory that can be reached: disjoint, in pages, ascending; empty once the view has
+    /// ended.
     ///
     /// ```no_run
     /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {
@@ -259,8 +259,8 @@ impl View {
         self.backend.data_in(ViewOperation::Seek { gpa: range.gpa }, range)
     }
 
-    /// Maps `range`, whole pages, into this process. Nothing is copied: pages are mapped as they are
-    /// accessed, and the target's writes are visible at once.
+    /// Maps `range`, whole pages, into this process. Nothing is copied: pages are mapped as they
+    /// are accessed, and the target's writes are visible at once.
     ///
     /// ```no_run
     /// # fn example(view: &kvmmem::View) -> Result<(), kvmmem::ViewError> {

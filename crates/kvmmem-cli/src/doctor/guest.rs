@@ -85,7 +85,7 @@ fn check_host(features: Option<u32>, has_pci: bool) -> Check {
                 "no kvmmem signature in CPUID, and no PCI bus for devices",
                 REMEDY,
             ),
-            (false, _) => Check::fail(NAME, "this is no virtual machine", REMEDY),
+            (false, _) => Check::fail(NAME, "this is not a virtual machine", REMEDY),
         };
     };
     let ways = [(FEATURE_VMCALL, "vmcall"), (FEATURE_DOORBELL, "doorbell port")];
@@ -153,7 +153,7 @@ fn check_vsock() -> Check {
         Ok(cid) if cid > vsock::VMADDR_CID_HOST && cid < vsock::VMADDR_CID_ANY => {
             Check::ok(NAME, format!("context id {cid}"))
         }
-        Ok(cid) => Check::fail(NAME, format!("context id {cid:#x} is no guest's"), REMEDY),
+        Ok(cid) => Check::fail(NAME, format!("context id {cid:#x} is not a guest's"), REMEDY),
         Err(error) => Check::fail(NAME, format!("/dev/vsock cannot be used: {error}"), REMEDY),
     }
 }

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
+use kvmmem::view::default_socket;
 use kvmmem_client::ClientError;
 use kvmmem_client::admin::{Admin, FreeSlots, TargetInfo};
 use kvmmem_proto::message::Refusal;
@@ -15,7 +16,6 @@ use rustix::io::Errno;
 
 use super::check::Check;
 use super::{guest, limits};
-use crate::broker::default_socket;
 use crate::number::count;
 
 /// The KVM API's only version (`KVM_GET_API_VERSION`).

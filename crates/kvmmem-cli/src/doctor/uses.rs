@@ -106,8 +106,8 @@ impl Use {
     }
 }
 
-/// A verdict for each use of the role. Without the module there are no single pages, and no check of
-/// its device is made.
+/// A verdict for each use of the role. Without the module there are no single pages, and no check
+/// of its device is made.
 pub(super) fn verdicts(role: Role, checks: &[Check], is_root: bool) -> Vec<Verdict> {
     let has_pages = checks.iter().any(|check| check.name == "device");
     let uses = Use::value_variants().iter().copied().filter(|each| each.role() == role);

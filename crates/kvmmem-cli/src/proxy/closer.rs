@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The thread that closes the connections of tools that have no thread of their own: those that were
-//! refused.
+//! The thread that closes the connections of tools that have no thread of their own: those that
+//! were refused.
 //!
-//! A packet that was not received may hold a file whose last close blocks, such as a TCP socket with
-//! `SO_LINGER`, and each member of the group may be refused as often as it likes. So there is one
-//! thread for all: the others wait, and hold a file descriptor each.
+//! A packet that was not received may hold a file whose last close blocks, such as a TCP socket
+//! with `SO_LINGER`, and each member of the group may be refused as often as it likes. So there is
+//! one thread for all: the others wait, and hold a file descriptor each.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};

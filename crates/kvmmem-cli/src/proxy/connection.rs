@@ -11,13 +11,13 @@ use kvmmem::View;
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::packet::PacketSocket;
 
-use super::place::Place;
+use super::connection_limit::ToolSlot;
 
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: PacketSocket,
     pub(super) credentials: Credentials,
-    pub(super) place: Arc<Place>,
+    pub(super) slot: Arc<ToolSlot>,
     /// Held for reading while the view is used.
     view: RwLock<Slot>,
 }
@@ -32,8 +32,8 @@ enum Slot {
 
 impl Connection {
     pub(super) fn new(socket: PacketSocket, credentials: Credentials) -> Self {
-        let place = Arc::new(Place::of(credentials.uid));
-        Self { socket, credentials, place, view: RwLock::new(Slot::Waiting) }
+        let slot = Arc::new(ToolSlot::of(credentials.uid));
+        Self { socket, credentials, slot, view: RwLock::new(Slot::Waiting) }
     }
 
     /// Takes the view that was opened; it ends at once if the connection has.

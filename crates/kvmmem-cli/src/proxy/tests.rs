@@ -25,7 +25,7 @@ use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, recv, send, socketpair};
 use uuid::Uuid;
 
-use super::place::{MAX_TOOLS, MAX_WAITING_OF_USER};
+use super::connection_limit::{MAX_TOOLS, MAX_WAITING_OF_USER};
 use super::*;
 
 /// Longer than any machine needs.

@@ -8,6 +8,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use kvmmem::view::GuestEndpointError;
+use kvmmem::view::State;
 use kvmmem::{Access, Event, Status, Token, View, ViewError};
 use kvmmem_proto::credentials::Credentials;
 use kvmmem_proto::map::Region;
@@ -20,7 +21,7 @@ use uuid::Uuid;
 
 use super::channel::Channel;
 use super::connection::Connection;
-use super::place::Stage;
+use super::connection_limit::Stage;
 
 /// The numbers of the one view of a connection, its grant and its target.
 const VIEW: u64 = 1;
@@ -49,18 +50,32 @@ pub(super) type Attach = dyn Fn(&Token, Access, Caller) -> Result<View, ViewErro
 /// A refusal and its words.
 type Refused = (Refusal, String);
 
+/// A tool's view.
+struct Opened {
+    channels: Vec<Channel>,
+    /// What the tool was told last.
+    shown: Shown,
+}
+
+/// A target's memory as a tool is told of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Shown {
+    generation: u64,
+    regions: Vec<Region>,
+}
+
 /// Serves a tool until it closes, its view has ended, or it is evicted.
 pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach, ask_limit: Duration) {
     let (socket, mut buffer) = (&connection.socket, PacketBuffer::default());
     // `None` until the view is open.
-    let mut channels = None;
+    let mut opened = None;
     let asked_by = Instant::now() + ask_limit;
     loop {
         match is_readable(socket) {
             Ok(false) => {}
             Ok(true) => match socket.receive(&mut buffer) {
                 Ok(Some((request, files))) => {
-                    if answer(connection, attach, &mut channels, request, &files).is_err() {
+                    if answer(connection, attach, &mut opened, request, &files).is_err() {
                         return;
                     }
                 }
@@ -73,9 +88,9 @@ pub(super) fn serve(connection: &Arc<Connection>, attach: &Attach, ask_limit: Du
             },
             Err(_) => return,
         }
-        let goes_on = match &channels {
-            Some(_) => push(connection),
-            None if connection.place.is_evicted() => {
+        let goes_on = match &mut opened {
+            Some(opened) => push(connection, opened),
+            None if connection.slot.is_evicted() => {
                 let _ = refuse(socket, 0, (Refusal::Limit, EVICTED.to_owned()));
                 false
             }
@@ -101,35 +116,42 @@ fn is_readable(socket: &PacketSocket) -> Result<bool, Errno> {
 fn answer(
     connection: &Arc<Connection>,
     attach: &Attach,
-    channels: &mut Option<Vec<Channel>>,
+    opened: &mut Option<Opened>,
     request: Request,
     files: &[OwnedFd],
 ) -> Result<(), PacketError> {
     let (Request { id, call }, socket) = (request, &connection.socket);
-    let answered = match (call, &mut *channels) {
+    let answered = match (call, &mut *opened) {
         (Call::Attach { token, caller, read_only, .. }, None) => {
             let Credentials { pid, uid } = connection.credentials;
             let caller = Caller { pid, uid, ..caller };
             let access = if read_only { Access::ReadOnly } else { Access::Granted };
-            let place = &connection.place;
+            let slot = &connection.slot;
             let attach = || {
-                if !place.enter(Stage::Asking) {
+                if !slot.enter(Stage::Asking) {
                     return Err((Refusal::Limit, EVICTED.to_owned()));
                 }
-                let opened = attach(&token, access, caller).map_err(|error| refusal_of(&error));
-                opened.and_then(|view| Ok((attached(&view)?, view)))
+                let view = attach(&token, access, caller).map_err(|error| refusal_of(&error))?;
+                let status = view.status().map_err(|error| refusal_of(&error))?;
+                if status.state != State::Open {
+                    let ended = "the view has ended as soon as it was open: ask for a new token";
+                    return Err((Refusal::Unknown, ended.to_owned()));
+                }
+                Ok((status, view))
             };
-            let opened = while_waiting(socket, attach).map(|(attached, view)| {
+            let attached = while_waiting(socket, attach).map(|(status, view)| {
+                let shown = Shown { generation: generation(&view), regions: regions(&status) };
+                let answer = attached(&status, &shown);
                 connection.open(view);
-                *channels = Some(Vec::new());
-                (attached, None)
+                *opened = Some(Opened { channels: Vec::new(), shown });
+                (answer, None)
             });
-            place.enter(if opened.is_ok() { Stage::Open } else { Stage::Idle });
-            opened
+            slot.enter(if attached.is_ok() { Stage::Open } else { Stage::Idle });
+            attached
         }
-        (Call::OpenCopies { view: VIEW }, Some(channels)) => {
-            let opened = open_channel(connection, channels, files);
-            opened.map(|theirs| (Answer::CopiesOpened, Some(theirs)))
+        (Call::OpenCopies { view: VIEW }, Some(opened)) => {
+            let channel = open_channel(connection, &mut opened.channels, files);
+            channel.map(|theirs| (Answer::CopiesOpened, Some(theirs)))
         }
         (call, _) if call.is_one_way() => return Ok(()),
         _ => Err((
@@ -168,20 +190,19 @@ fn while_waiting<T: Send>(socket: &PacketSocket, act: impl FnOnce() -> T + Send)
 }
 
 /// What a tool is told of its view.
-fn attached(view: &View) -> Result<Answer, Refused> {
-    let status = view.status().map_err(|error| refusal_of(&error))?;
+fn attached(status: &Status, shown: &Shown) -> Answer {
     let rights = if status.is_writable { Rights::ReadWrite } else { Rights::ReadOnly };
-    Ok(Answer::HostAttached {
+    Answer::HostAttached {
         view: VIEW,
         grant: GRANT,
         target: TARGET,
         scope: Scope { rights, spans: None },
         uuid: Uuid::from_bytes(status.uuid),
         name: String::new(),
-        generation: generation(view),
-        regions: regions(&status),
+        generation: shown.generation,
+        regions: shown.regions.clone(),
         copied: true,
-    })
+    }
 }
 
 /// Number of the target's run, which grows.
@@ -218,35 +239,48 @@ fn open_channel(
 
 /// Pushes what has happened to the view; whether it is open. The view may end while the tool does
 /// not read.
-fn push(connection: &Connection) -> bool {
-    match connection.with_view(change) {
-        Some(None) => true,
-        Some(Some(message)) => {
-            let sent = connection.socket.send(&message, &[], Wait::Limited);
-            sent.is_ok() && matches!(message, FromBroker::Changed { .. })
-        }
-        None => false,
-    }
+fn push(connection: &Connection, opened: &mut Opened) -> bool {
+    let happened = connection.with_view(|view| {
+        let event = match view.wait(Duration::ZERO) {
+            Ok(event) => event?,
+            Err(_) => Event::Gone,
+        };
+        Some((event, view.status().ok(), generation(view)))
+    });
+    let Some(happened) = happened else { return false };
+    let Some((event, status, generation)) = happened else { return true };
+    messages(event, status.as_ref(), generation, &mut opened.shown).iter().all(|message| {
+        let sent = connection.socket.send(message, &[], Wait::Limited);
+        sent.is_ok() && matches!(message, FromBroker::Changed { .. })
+    })
 }
 
-/// What has happened to a view.
-fn change(view: &View) -> Option<FromBroker> {
-    let event = match view.wait(Duration::ZERO) {
-        Ok(event) => event?,
-        Err(_) => Event::Gone,
+/// What a tool is told of an event. The view may have ended since, and its end may have overtaken a
+/// change, which tools need to know: what they have read is of two runs.
+fn messages(
+    event: Event,
+    status: Option<&Status>,
+    generation: u64,
+    shown: &mut Shown,
+) -> Vec<FromBroker> {
+    let changed = |Shown { generation, regions }: &Shown| FromBroker::Changed {
+        target: TARGET,
+        generation: *generation,
+        regions: regions.clone(),
     };
-    Some(match event {
-        Event::Changed => match view.status() {
-            Ok(status) => FromBroker::Changed {
-                target: TARGET,
-                generation: generation(view),
-                regions: regions(&status),
-            },
-            Err(_) => FromBroker::Gone { target: TARGET },
-        },
-        Event::Revoked => FromBroker::Revoke { grant: GRANT },
-        Event::Gone => FromBroker::Gone { target: TARGET },
-    })
+    let end = match (event, status) {
+        (Event::Changed, Some(status)) if status.state == State::Open => {
+            *shown = Shown { generation, regions: regions(status) };
+            return vec![changed(shown)];
+        }
+        (Event::Revoked, _) | (_, Some(Status { state: State::Revoked, .. })) => {
+            FromBroker::Revoke { grant: GRANT }
+        }
+        _ => FromBroker::Gone { target: TARGET },
+    };
+    let is_overtaken = generation != 0 && generation != shown.generation;
+    let last = Shown { generation, ..shown.clone() };
+    is_overtaken.then(|| changed(&last)).into_iter().chain([end]).collect()
 }
 
 /// The refusal that an error amounts to, with its causes.
@@ -266,4 +300,47 @@ fn refusal_of(error: &ViewError) -> Refused {
         cause = error.source();
     }
     (refusal, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_view_is_told_as_what_it_is_and_hides_no_change() {
+        let ranges = vec![kvmmem::Range { gpa: 0, len: 0x1000 }];
+        let status = |state, ranges: &[kvmmem::Range]| Status {
+            generation: 4,
+            state,
+            is_writable: false,
+            uuid: [0; 16],
+            ranges: ranges.to_vec(),
+        };
+        let (open, revoked) = (status(State::Open, &ranges), status(State::Revoked, &[]));
+        let before = Shown { generation: 7, regions: regions(&open) };
+        let told = |event, status, generation| {
+            let mut shown = before.clone();
+            let messages = messages(event, status, generation, &mut shown);
+            let words = messages.iter().map(|message| match message {
+                FromBroker::Changed { generation, regions, .. } => {
+                    assert_eq!(*regions, before.regions);
+                    ("changed", *generation)
+                }
+                FromBroker::Revoke { .. } => ("revoked", 0),
+                FromBroker::Gone { .. } => ("gone", 0),
+                other => panic!("{other:?}"),
+            });
+            (words.collect::<Vec<_>>(), shown.generation)
+        };
+        assert_eq!(told(Event::Changed, Some(&open), 8), (vec![("changed", 8)], 8));
+        // It has ended between the event and the question.
+        assert_eq!(told(Event::Changed, Some(&revoked), 7).0, [("revoked", 0)]);
+        assert_eq!(told(Event::Changed, None, 7).0, [("gone", 0)]);
+        assert_eq!(told(Event::Revoked, Some(&revoked), 7).0, [("revoked", 0)]);
+        // The change came just before.
+        assert_eq!(told(Event::Revoked, Some(&revoked), 8).0, [("changed", 8), ("revoked", 0)]);
+        assert_eq!(told(Event::Gone, None, 8).0, [("changed", 8), ("gone", 0)]);
+        // Not known any more.
+        assert_eq!(told(Event::Gone, None, 0).0, [("gone", 0)]);
+    }
 }

@@ -191,8 +191,8 @@ impl Copier {
         })
     }
 
-    /// Copies `bytes` to guest-physical memory at `gpa`, up to the first hole. Returns the number of
-    /// bytes; 0 only if `bytes` is empty.
+    /// Copies `bytes` to guest-physical memory at `gpa`, up to the first hole. Returns the number
+    /// of bytes; 0 only if `bytes` is empty.
     ///
     /// ```no_run
     /// # use kvmmem::host::{Copier, CopyError};

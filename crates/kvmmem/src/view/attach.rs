@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::device::DeviceView;
 use super::error::ViewError;
 use super::guest_endpoint::GuestEndpointError;
-use super::host::HostView;
+use super::host::HostBackend;
 use super::status::Access;
 use super::sysfs::{self, SysfsView};
 use super::{View, default_socket};
@@ -23,9 +23,9 @@ use crate::host::ClientError;
 impl View {
     /// Attaches the virtual machine that `token` names; this uses the token. The device is tried
     /// first (at `$KVMMEM_DEVICE`, or else [`crate::device::DEFAULT_PATH`]), then this host's
-    /// broker (at `$KVMMEM_BROKER`, or else [`super::DEFAULT_SOCKET`]), then, in a virtual machine, the
-    /// way without the module. There `kvmmem proxy` has the broker's socket; if it was killed, its
-    /// socket is left, and root attaches without the module as well.
+    /// broker (at `$KVMMEM_BROKER`, or else [`super::DEFAULT_SOCKET`]), then, in a virtual machine,
+    /// the way without the module. There `kvmmem proxy` has the broker's socket; if it was killed,
+    /// its socket is left, and root attaches without the module as well.
     ///
     /// ```no_run
     /// use kvmmem::{Access, View};
@@ -125,8 +125,8 @@ impl View {
         Ok(Self { backend: SysfsView::attach(token, access, caller)? })
     }
 
-    /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's guest
-    /// endpoint is asked for the view first, which may take up to 15 s.
+    /// Attaches by the device at `path`. If views come as PCI devices on this host, the host's
+    /// guest endpoint is asked for the view first, which may take up to 15 s.
     ///
     /// ```no_run
     /// use kvmmem::{Access, View, device};
@@ -178,7 +178,7 @@ impl View {
         access: Access,
         ranges: &[Range],
     ) -> Result<Self, ViewError> {
-        Ok(Self { backend: Arc::new(HostView::attach(socket, token, access, ranges)?) })
+        Ok(Self { backend: Arc::new(HostBackend::attach(socket, token, access, ranges)?) })
     }
 }
 

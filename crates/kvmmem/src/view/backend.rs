@@ -87,8 +87,8 @@ pub(super) trait Backend: Debug + Send + Sync {
         Ok(())
     }
 
-    /// The most bytes that one [proof](Self::prove) covers; `None` if accesses to mapped memory need
-    /// none, as it is removed before it can be another's.
+    /// The most bytes that one [proof](Self::prove) covers; `None` if accesses to mapped memory
+    /// need none, as it is removed before it can be another's.
     fn proof_limit(&self) -> Option<usize> {
         None
     }

@@ -266,7 +266,12 @@ impl Backend for DeviceView {
 
     fn detach(&self) -> Result<(), ViewError> {
         let operation = ViewOperation::Detach;
-        self.file.detach().map_err(|source| ViewError::System { operation, source })
+        self.file.detach().map_err(|source| ViewError::System { operation, source })?;
+        // Mappings and children keep the connection open, by which the host knows of the view.
+        if let Some(guest) = &self.guest {
+            guest.shut();
+        }
+        Ok(())
     }
 }
 

@@ -157,7 +157,7 @@ pub enum ViewError {
     /// The view does not reach an address: the target has no memory there, or the grant does not
     /// say so.
     #[error(
-        "{operation}: gpa {gpa:#x} is no memory of the target, or the grant does not reach it; see the view's ranges"
+        "{operation}: gpa {gpa:#x} is not memory of the target, or the grant does not reach it; see the view's ranges"
     )]
     Hole {
         /// What was to be done.

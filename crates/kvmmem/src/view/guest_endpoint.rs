@@ -29,7 +29,7 @@ const LIMIT: Duration = Duration::from_secs(15);
 #[derive(Debug, thiserror::Error)]
 pub enum GuestEndpointError {
     /// The environment names no port.
-    #[error("{GUEST_PORT_VARIABLE} is no vsock port: {0:?}")]
+    #[error("{GUEST_PORT_VARIABLE} is not a vsock port: {0:?}")]
     Port(String),
     /// The host cannot be reached.
     #[error("cannot connect to the host at vsock port {port}{}", remedy(source))]

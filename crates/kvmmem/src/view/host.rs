@@ -30,7 +30,7 @@ use kvmmem_sys::foreign::Foreign;
 
 /// A view by the broker of this host.
 #[derive(Debug)]
-pub(super) struct HostView {
+pub(super) struct HostBackend {
     memory: Arc<Memory>,
     uuid: [u8; 16],
     name: String,
@@ -44,7 +44,7 @@ pub(super) struct HostView {
     process: u32,
 }
 
-impl HostView {
+impl HostBackend {
     pub(super) fn attach(
         socket: &Path,
         token: &Token,
@@ -103,7 +103,7 @@ impl HostView {
     }
 }
 
-impl Backend for HostView {
+impl Backend for HostBackend {
     fn status(&self) -> Result<Status, ViewError> {
         let reach = self.memory.reach();
         Ok(Status {
@@ -165,7 +165,7 @@ impl Backend for HostView {
     }
 }
 
-impl Drop for HostView {
+impl Drop for HostBackend {
     fn drop(&mut self) {
         self.end();
     }

@@ -93,8 +93,8 @@ impl Mapping {
         self.memory.is_writable()
     }
 
-    /// Copies the bytes at `offset` into `buf`. If the target writes meanwhile, the copy may mix old
-    /// and new bytes.
+    /// Copies the bytes at `offset` into `buf`. If the target writes meanwhile, the copy may mix
+    /// old and new bytes.
     ///
     /// ```no_run
     /// # fn example(mapping: &kvmmem::Mapping) -> Result<(), kvmmem::MappingError> {

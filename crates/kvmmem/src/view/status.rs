@@ -26,7 +26,8 @@ pub enum State {
 /// What has happened to a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The target was reset or its memory map has changed: see [`View::status`](super::View::status).
+    /// The target was reset or its memory map has changed: see
+    /// [`View::status`](super::View::status).
     Changed,
     /// The grant was revoked; the view has ended.
     Revoked,

@@ -127,7 +127,7 @@ impl SysfsView {
         if let Some(watcher) = watcher {
             let _ = watcher.join();
         }
-        self.shared.end(State::Gone);
+        self.shared.end(State::Gone, None);
     }
 }
 
@@ -216,7 +216,7 @@ fn watch(shared: &Shared, connection: Arc<GuestConnection>, stop: &OwnedFd) {
         }
     }
     // It has ended already, but where this is its end.
-    shared.end(State::Gone);
+    shared.end(State::Gone, None);
     if shared.is_released() {
         connection.shut();
     } else {

@@ -235,19 +235,19 @@ impl Shared {
             let length = |number| devices.windows.get(&number).map(Bar::len);
             let page = devices.head.read(length);
             // What is read of a device that has gone means nothing.
-            if is_alive() { reach.after(page) } else { Next::End(State::Gone) }
+            if is_alive() { reach.after(page) } else { Next::End(State::Gone, None) }
         };
         match state {
             Next::Wait => Follow::Open,
-            Next::End(state) => {
-                self.end(state);
+            Next::End(state, instance) => {
+                self.end(state, instance);
                 Follow::Ended
             }
             Next::Lie => {
                 if let Some(devices) = &self.reach().devices {
                     devices.head.complain(COMPLAINT_INVALID);
                 }
-                self.end(State::Gone);
+                self.end(State::Gone, None);
                 Follow::Ended
             }
             Next::Show(snapshot) => {
@@ -266,9 +266,10 @@ impl Shared {
             let is_elsewhere = snapshot.ranges != reach.snapshot.ranges;
             reach.generation = snapshot.descriptor.generation;
             reach.snapshot = snapshot;
-            if is_elsewhere {
-                // Those who have mapped what was there map what is there now.
-                self.clear_mappings();
+            // Those who have mapped what was there map what is there now.
+            if is_elsewhere && !self.clear_mappings() {
+                drop(reach);
+                return self.end(State::Gone, None);
             }
             if let Some(devices) = &reach.devices {
                 devices.head.acknowledge(reach.generation);
@@ -279,12 +280,16 @@ impl Shared {
     }
 
     /// Ends the view, if it has not ended: no access is under way and nothing is mapped any more
-    /// when the host hears of it.
-    pub(super) fn end(&self, state: State) {
+    /// when the host hears of it. `instance` is the target's at the end, where the page has it: a
+    /// reset may have come just before.
+    pub(super) fn end(&self, state: State, instance: Option<u64>) {
         let mut reach = self.reach.write().unwrap_or_else(PoisonError::into_inner);
         let Some(Devices { head, windows }) = reach.devices.take() else { return };
         reach.generation = reach.generation.saturating_add(1);
         reach.state = state;
+        if let Some(instance) = instance {
+            reach.snapshot.descriptor.instance = instance;
+        }
         drop(windows);
         if self.clear_mappings() {
             head.acknowledge(SEEN_ALL);
@@ -298,12 +303,12 @@ impl Shared {
         self.events.signal();
     }
 
-    /// Removes the memory of all mappings; `false` where one keeps it. Nothing maps meanwhile, as
-    /// `reach` is held for writing.
+    /// Removes the memory of all mappings; `false` where one keeps it, which stays listed. Nothing
+    /// maps meanwhile, as `reach` is held for writing.
     fn clear_mappings(&self) -> bool {
-        let mappings = std::mem::take(&mut *self.mappings());
-        let live = mappings.iter().filter_map(Weak::upgrade);
-        live.filter(|memory| !clear(memory)).count() == 0
+        let mut mappings = self.mappings();
+        mappings.retain(|mapping| mapping.upgrade().is_some_and(|memory| !clear(&memory)));
+        mappings.is_empty()
     }
 
     /// Waits for something that has not been reported.
@@ -327,7 +332,7 @@ impl Shared {
 enum Next {
     Wait,
     Show(Box<Snapshot>),
-    End(State),
+    End(State, Option<u64>),
     Lie,
 }
 
@@ -342,12 +347,12 @@ impl Reach {
                     _ if !is_same || now.generation < old.generation => Next::Lie,
                     STATE_OPEN if now.generation == old.generation => Next::Wait,
                     STATE_OPEN => Next::Show(Box::new(new)),
-                    STATE_REVOKED => Next::End(State::Revoked),
-                    _ => Next::End(State::Gone),
+                    STATE_REVOKED => Next::End(State::Revoked, Some(now.instance)),
+                    _ => Next::End(State::Gone, Some(now.instance)),
                 }
             }
             Err(PageError::Changing) => Next::Wait,
-            Err(PageError::Lost) => Next::End(State::Gone),
+            Err(PageError::Lost) => Next::End(State::Gone, None),
             Err(PageError::Missing(_) | PageError::Invalid(_)) => Next::Lie,
         }
     }
