@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kvmmem scan` as a user runs it, from its start to its end, against what the machine can do in
 //! the same time: a plain sweep by AVX2 loads of a fresh mapping of the same memory, with as many
-//! threads; and the same of a dump file. With rules, against the same engine on the same bytes in this process's own memory,
-//! with one thread; the goal is the number of threads.
+//! threads; and the same of a dump file. With rules, against the same engine on the same bytes in
+//! this process's own memory, with one thread; the goal is the number of threads.
 //!
 //! Prints a line for each; with `--json` an object. `--size MIB` sets the amount of memory
 //! [default: 1024].

@@ -37,8 +37,8 @@ pub(crate) fn exit_code(error: &Error) -> Option<u8> {
     error.downcast_ref().map(|ExitError { code, .. }| *code)
 }
 
-/// The reader of a pipe that this command writes to has closed it. The command ends by SIGPIPE then,
-/// as other programs do.
+/// The reader of a pipe that this command writes to has closed it. The command ends by SIGPIPE
+/// then, as other programs do.
 #[derive(Debug, thiserror::Error)]
 #[error("the reader has closed the pipe{consequence}")]
 pub(crate) struct ClosedPipe {

@@ -150,15 +150,6 @@ impl Input {
     }
 }
 
-impl From<InputMemory> for memory::Memory {
-    fn from(opened: InputMemory) -> Self {
-        match opened {
-            InputMemory::View(view, _) => Self::View(view),
-            InputMemory::File(file) => Self::File(file),
-        }
-    }
-}
-
 impl InputMemory {
     pub(crate) fn memory(&self) -> &dyn Memory {
         match self {

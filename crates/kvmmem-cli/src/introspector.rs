@@ -229,7 +229,7 @@ impl Remove {
         if output.is_json() {
             output.object(&RemovedLine { introspector: name, removed: true })?;
         } else {
-            output.line(format!("{} is no introspector any more", escape(name)))?;
+            output.line(format!("{} is no longer an introspector", escape(name)))?;
         }
         Ok(())
     }

@@ -111,7 +111,7 @@ pub(crate) fn parse_hex(text: &str) -> Result<HexBytes, String> {
     let digit = |character: u8| char::from(character).to_digit(16);
     let byte = |[high, low]: &[u8; 2]| u8::try_from(digit(*high)? << 4 | digit(*low)?).ok();
     let bytes: Option<Vec<u8>> = pairs.iter().map(byte).collect();
-    bytes.map(HexBytes).ok_or_else(|| "a character is no hexadecimal digit".into())
+    bytes.map(HexBytes).ok_or_else(|| "a character is not a hexadecimal digit".into())
 }
 
 /// Bytes as lower-case hexadecimal digits.

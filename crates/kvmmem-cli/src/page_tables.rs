@@ -2,10 +2,12 @@
 //! The page tables in which a verb looks up guest-virtual addresses, and what helps where a walk
 //! through them ends early.
 
+use std::error::Error;
+
 use clap::ValueEnum;
 use kvmmem::paging::{AddressSpace, Levels, WalkError};
 
-use crate::memory::{Memory, MemoryError};
+use crate::memory::Memory;
 
 /// Levels of page tables, on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,8 +74,22 @@ impl Tables {
         Self { space, levels_from: LevelsFrom::Vcpu }
     }
 
+    /// Reads as much as can be from a guest-virtual address on; returns how many bytes that is, and
+    /// why there are not more.
+    pub(crate) fn read<E: Error + Send + Sync + 'static>(
+        &self,
+        gva: u64,
+        buf: &mut [u8],
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> (usize, Option<anyhow::Error>) {
+        let Err(error) = self.space.read(gva, buf, read) else { return (buf.len(), None) };
+        let count = usize::try_from(error.gva().wrapping_sub(gva)).unwrap_or(0);
+        let remedy = self.remedy(&error);
+        (count, Some(with_remedy(error.gva(), error, remedy)))
+    }
+
     /// A remedy for a walk that ends early; may be empty.
-    pub(crate) fn remedy(&self, error: &WalkError<MemoryError>) -> &'static str {
+    pub(crate) fn remedy<E: Error>(&self, error: &WalkError<E>) -> &'static str {
         match error {
             WalkError::NotCanonical { gva, levels: Levels::Four }
                 if Levels::Five.is_canonical(*gva) && self.levels_from != LevelsFrom::Vcpu =>
@@ -93,7 +109,7 @@ impl Tables {
 /// An error at a guest-virtual address, with what helps.
 pub(crate) fn with_remedy(
     gva: u64,
-    error: impl std::error::Error + Send + Sync + 'static,
+    error: impl Error + Send + Sync + 'static,
     remedy: &str,
 ) -> anyhow::Error {
     let error = anyhow::Error::new(error);

@@ -12,10 +12,10 @@ use crate::address_space::{LinuxSpace, Virtual};
 use crate::failure::usage;
 use crate::hexdump::Hexdump;
 use crate::input::Input;
-use crate::memory::Memory;
+use crate::linux::RestartCheck;
 use crate::number::{Address, Hex, HexBytes, count, hex, parse, parse_hex, parse_length};
 use crate::output::Output;
-use crate::page_tables::{Depth, Tables, with_remedy};
+use crate::page_tables::{Depth, Tables};
 use crate::range::pages;
 use crate::source::Source;
 
@@ -70,7 +70,7 @@ Exit codes:
   0  done
   1  failed, standard error says why
   2  the command line is wrong
-  4  with --pid or --cr3 kernel: the guest was restarted while it was read";
+  4  with --pid, --vcpu or --cr3 kernel: the guest was restarted while it was read";
 
 const SOURCE_HELP: &str = "\
 The memory comes by KVMI (--listen, KVMMEM_KVMI_PORT), or by a view where a target, a token, a device or a broker is given.";
@@ -109,15 +109,24 @@ impl Read {
         }
         if let Some(vcpu) = self.space.vcpu {
             let (opened, space) = self.input.open_at_vcpu("read", vcpu)?;
-            let (mut memory, tables) = (opened.into(), Tables::of_vcpu(space));
-            return self.print(output, |at, buf| read(Some(&tables), &mut memory, at, buf));
+            let restart = RestartCheck::begin(&opened)?;
+            let (memory, tables) = (opened.memory(), Tables::of_vcpu(space));
+            let read = |gpa, buf: &mut [u8]| memory.read_at(gpa, buf);
+            let result = self.print(output, |at, buf| tables.read(at, buf, read));
+            return restart.settle(None, result);
         }
         // Where a guest-virtual address leads is not known yet.
         let wanted = if is_virtual { Vec::new() } else { vec![pages(self.address, self.len)] };
         let mut memory = self.input.memory("read", &wanted)?;
         let cr3 = self.space.cr3();
         let tables = cr3.map(|cr3| Tables::new(cr3, self.levels, &[self.address], &mut memory));
-        self.print(output, |at, buf| read(tables.as_ref(), &mut memory, at, buf))
+        self.print(output, |at, buf| match &tables {
+            Some(tables) => tables.read(at, buf, |gpa, buf| memory.read(gpa, buf)),
+            None => {
+                let (count, error) = memory.read_prefix(at, buf);
+                (count, error.map(Into::into))
+            }
+        })
     }
 
     /// Prints what `read` reads: it returns how many bytes could be read, and why there are not
@@ -159,28 +168,6 @@ impl Read {
             }
         }
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-/// Reads as much as can be from an address on; returns how many bytes that is, and why there are
-/// not more.
-fn read(
-    tables: Option<&Tables>,
-    memory: &mut Memory,
-    address: u64,
-    buf: &mut [u8],
-) -> (usize, Option<anyhow::Error>) {
-    let Some(tables) = tables else {
-        let (count, error) = memory.read_prefix(address, buf);
-        return (count, error.map(Into::into));
-    };
-    match tables.space.read(address, buf, |gpa, buf| memory.read(gpa, buf)) {
-        Ok(()) => (buf.len(), None),
-        Err(error) => {
-            let count = usize::try_from(error.gva().wrapping_sub(address)).unwrap_or(0);
-            let remedy = tables.remedy(&error);
-            (count, Some(with_remedy(error.gva(), error, remedy)))
-        }
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Tips for command lines that do not parse: the command where an action lacks its noun or a noun its
-//! action, and `--target` where a word may be a target's name.
+//! Tips for command lines that do not parse: the command where an action lacks its noun or a noun
+//! its action, and `--target` where a word may be a target's name.
 
 use clap::Command;
 use clap::builder::StyledStr;

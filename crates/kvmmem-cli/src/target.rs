@@ -36,7 +36,7 @@ enum Verb {
     /// prints what to add. With --qmp the layout of the RAM comes from QEMU; without it from the
     /// rules of the machine type.
     Add(Add),
-    /// Take a target out that was added; the virtual machine runs on (root only).
+    /// Remove a target that was added; the virtual machine runs on (root only).
     Remove(Remove),
 }
 
@@ -204,7 +204,7 @@ impl Remove {
         if output.is_json() {
             output.object(&RemovedLine { target, removed: true })?;
         } else {
-            output.line(format!("{} is no target any more", escape(target)))?;
+            output.line(format!("{} is no longer a target", escape(target)))?;
         }
         Ok(())
     }

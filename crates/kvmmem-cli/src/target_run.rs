@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Run of a target: from a start or a reset to the next one, with the same RAM. What was read in two
-//! runs does not belong together: verbs that read for a while compare runs before they report
+//! Run of a target: from a start or a reset to the next one, with the same RAM. What was read in
+//! two runs does not belong together: verbs that read for a while compare runs before they report
 //! success.
 
 use std::thread;

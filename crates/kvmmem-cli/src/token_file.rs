@@ -25,7 +25,8 @@ pub(crate) fn read_token(path: &Path) -> Result<Token> {
     parse_token(&text)
 }
 
-/// The token alone, or in what `kvmmem grant create` prints: lines of text with one `token HEX`, or JSON.
+/// The token alone, or in what `kvmmem grant create` prints: lines of text with one `token HEX`, or
+/// JSON.
 pub(crate) fn parse_token(text: &str) -> Result<Token> {
     #[derive(Deserialize)]
     struct GrantLine<'a> {

@@ -12,6 +12,7 @@ use crate::address_space::{LinuxSpace, Root, Virtual, parse_root};
 use crate::escape::escape;
 use crate::failure::usage;
 use crate::input::Input;
+use crate::linux::RestartCheck;
 use crate::memory::MemoryError;
 use crate::number::{Hex, parse, size};
 use crate::output::Output;
@@ -53,7 +54,7 @@ Exit codes:
   1  failed, standard error says why
   2  the command line is wrong
   3  an address is not mapped, or its tables are not in memory; each address has its line
-  4  with --pid, or the kernel's tables: the guest was restarted while they were read";
+  4  with --pid, --vcpu or the kernel's tables: the guest was restarted while they were read";
 
 /// An address, as JSON.
 #[derive(Serialize)]
@@ -107,15 +108,19 @@ impl Arguments {
                 })
             });
         }
-        let (mut memory, tables) = if let Some(vcpu) = space.vcpu {
+        if let Some(vcpu) = space.vcpu {
             let (opened, space) = self.input.open_at_vcpu("translate", vcpu)?;
-            (opened.into(), Tables::of_vcpu(space))
-        } else {
-            let mut memory = self.input.memory("translate", &[])?;
-            let cr3 = space.cr3().context("no CR3 is given")?;
-            let tables = Tables::new(cr3, self.levels, &gvas, &mut memory);
-            (memory, tables)
-        };
+            let restart = RestartCheck::begin(&opened)?;
+            let (memory, tables) = (opened.memory(), Tables::of_vcpu(space));
+            let walk = |gva| tables.space.walk(gva, |gpa, buf| memory.read_at(gpa, buf));
+            let remedy = |error: &_| tables.remedy(error).to_owned();
+            let is_local = kvmmem_memory::MemoryError::is_local;
+            let result = self.print(output, &gvas, tables.space.levels, walk, is_local, remedy);
+            return restart.settle(None, result);
+        }
+        let mut memory = self.input.memory("translate", &[])?;
+        let cr3 = space.cr3().context("no CR3 is given")?;
+        let tables = Tables::new(cr3, self.levels, &gvas, &mut memory);
         let walk = |gva| tables.space.walk(gva, |gpa, buf| memory.read(gpa, buf));
         let remedy = |error: &_| tables.remedy(error).to_owned();
         self.print(output, &gvas, tables.space.levels, walk, MemoryError::is_of_address, remedy)
@@ -129,7 +134,7 @@ impl Arguments {
         match self.first {
             Root::At(gva) => Ok((self.space, [&[gva], &self.gvas[..]].concat())),
             Root::Kernel => Err(usage(
-                "\"kernel\" is no guest-virtual address, and --pid, --cr3 or --vcpu says whose tables",
+                "\"kernel\" is not a guest-virtual address, and --pid, --cr3 or --vcpu says whose tables",
             )),
         }
     }

@@ -23,7 +23,7 @@ fn what_cannot_be_added_or_removed_is_said() {
     let this = std::process::id().to_string();
     let socket = format!("{this}.qmp");
     let cases: [(&[&str], i32, &str); 8] = [
-        (&["add", "--pid", &this], 1, "is no QEMU"),
+        (&["add", "--pid", &this], 1, "is not QEMU"),
         (&["add", "--qmp", &socket], 1, &socket),
         (&["add", "--libvirt", "nothing"], 1, "libvirt runs no VM named \"nothing\""),
         (&["add"], 2, "--pid, --qmp or --libvirt"),

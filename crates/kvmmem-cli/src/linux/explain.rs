@@ -52,12 +52,9 @@ fn end(view: &View) -> Option<&'static str> {
 
 /// Whether what the kernel's structures lead to is not there.
 fn is_damage(cause: &(dyn std::error::Error + 'static)) -> bool {
-    use KernelError::{Broken, Endless, Malformed, Read, TooMuch};
+    use KernelError::{Broken, Endless, Malformed, Read};
     let cause = cause.downcast_ref();
-    matches!(
-        cause,
-        Some(Read { .. } | Malformed { .. } | Broken { .. } | Endless { .. } | TooMuch { .. })
-    )
+    matches!(cause, Some(Read { .. } | Malformed { .. } | Broken { .. } | Endless { .. }))
 }
 
 /// How to explain one cause.
@@ -107,4 +104,22 @@ fn missing_record(dump: &DumpFile) -> Option<String> {
             record.display()
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_that_is_too_large_does_not_make_a_dump_a_damaged_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(0x1000).unwrap();
+        let opened = InputMemory::File(DumpFile::open(file.path()).unwrap());
+        let explained = |error: KernelError| format!("{:#}", explain(error.into(), &opened));
+        let advice = "is damaged, or was cut short: dump the guest again";
+        let damage = KernelError::Malformed { what: "a length".to_owned(), gva: 0x1000 };
+        assert!(explained(damage).contains(advice));
+        let text = explained(KernelError::TooMuch { what: "1 GiB of files" });
+        assert!(text.contains("1 GiB of files") && !text.contains(advice), "{text}");
+    }
 }

@@ -43,7 +43,7 @@ fn pattern(line: &str, ignores_case: bool) -> Result<Pattern> {
         "text" => Form::Text,
         "utf16" => Form::Utf16,
         "regex" => Form::Regex,
-        other => bail!("{other:?} is no form of a pattern: {FORM}"),
+        other => bail!("{other:?} is not a form of a pattern: {FORM}"),
     };
     let pattern =
         Pattern::new(form, text.trim_start(), ignores_case).map_err(|error| anyhow!(error))?;
@@ -86,7 +86,7 @@ mod tests {
             ("", "there is no pattern"),
             ("a text x\nb", "line 2: write NAME"),
             ("a text", "line 1: write NAME"),
-            ("a word x", "\"word\" is no form"),
+            ("a word x", "\"word\" is not a form"),
             ("a hex zz", "line 1: write bytes as"),
         ] {
             let error = format!("{:#}", parse(text, false).unwrap_err());

@@ -116,8 +116,8 @@ fn extract_stream<const STEP: usize>(
 /// Bytes that [`has_none`] looks at.
 const WORD: usize = size_of::<u64>();
 
-/// Whether no character of `STEP` bytes begins in the [`WORD`] bytes at `at`: they are all zero, or,
-/// for characters of two bytes, none of the next ones is. `false` where that is not known.
+/// Whether no character of `STEP` bytes begins in the [`WORD`] bytes at `at`: they are all zero,
+/// or, for characters of two bytes, none of the next ones is. `false` where that is not known.
 fn has_none<const STEP: usize>(memory: &[u8], at: usize) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; WORD]);
     const HIGH: u64 = ONES << 7;

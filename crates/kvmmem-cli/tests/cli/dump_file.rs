@@ -63,7 +63,7 @@ fn a_dump_file_is_read_translated_and_watched() {
         (&["read", "0", "1", "--pid", "1", "--levels", "4"], "--levels"),
         (&["read", "0", "1", "--note", "0"], "--pid PID and --cr3 kernel"),
         (&["watch", "0", "1", "--cr3", "0x1000"], "not by --cr3 0x1000"),
-        (&["translate", "--pid", "1", "kernel"], "no guest-virtual address"),
+        (&["translate", "--pid", "1", "kernel"], "not a guest-virtual address"),
         (&["translate", "0x1000"], "GVA"),
         (&["translate", "--pid", "1", "--levels", "4", "0"], "--levels"),
         (&["write", "0", "00"], "--file"),

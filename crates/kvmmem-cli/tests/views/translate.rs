@@ -160,7 +160,7 @@ fn every_address_has_its_line() {
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(3), ""));
     let lines: Vec<&str> = ended.stdout.lines().collect();
     assert!(
-        lines[0].contains("gpa 0xd0000000") && lines[0].contains("no memory of the target"),
+        lines[0].contains("gpa 0xd0000000") && lines[0].contains("not memory of the target"),
         "{}",
         lines[0]
     );

@@ -9,6 +9,7 @@ use kvmmem_client::vmm::{Region, VcpuAnswer, VcpuQuestion, VcpuRegisters, Vcpus}
 use serde_json::{Value, json};
 
 use crate::common::Host;
+use crate::common::blocked::Blocked;
 
 const CR3: u64 = 0x10_0000;
 
@@ -94,6 +95,31 @@ fn addresses_are_looked_up_in_the_tables_that_a_vcpu_uses_now() {
         "{}",
         ended.stderr
     );
+}
+
+#[test]
+fn what_is_read_by_the_tables_of_a_vcpu_is_of_one_boot() {
+    let (host, _vmm) = host();
+    // All RAM again, in large pages: more than a pipe takes.
+    for n in 0..4 {
+        host.put(0x10_2008 + n * 8, &((n << 21) | 0x83_u64).to_le_bytes());
+    }
+    let address = "0xffffffff80200000";
+    let (read, mut translate) = (vec!["read", address, "8M", "--raw"], vec!["translate"]);
+    translate.resize(2000, address);
+    for verb in [read, translate] {
+        let all = [&verb[..], &["--vcpu", "1", "--target", "victim"]].concat();
+        let (ended, whole) = Blocked::start(host.command(&all)).end();
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let blocked = Blocked::start(host.command(&all));
+        host.reset();
+        let (ended, bytes) = blocked.end();
+        assert_eq!((ended.code, bytes.len()), (Some(4), whole.len()), "{}", ended.stderr);
+        assert_eq!(
+            ended.stderr,
+            "error: victim: the guest was restarted while it was read: run the command again\n"
+        );
+    }
 }
 
 #[test]

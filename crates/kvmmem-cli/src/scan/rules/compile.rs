@@ -220,8 +220,8 @@ mod tests {
         std::fs::write(&binary, [0xff, 0xfe]).unwrap();
         for (path, words) in [
             (directory.path().join("none.yar"), "No such file"),
-            (directory.path().to_owned(), "no regular file"),
-            (fifo, "no regular file"),
+            (directory.path().to_owned(), "not a regular file"),
+            (fifo, "not a regular file"),
             (binary, "line 1 is not UTF-8 text"),
         ] {
             let error = format!("{:#}", compile(from_ref(&path)).err().unwrap());

@@ -109,7 +109,7 @@ fn read(path: &Path) -> Result<String> {
     let nonblocking = i32::try_from(OFlags::NONBLOCK.bits())?;
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
     let metadata = file.metadata()?;
-    ensure!(metadata.is_file(), "it is no regular file: write the rules to one");
+    ensure!(metadata.is_file(), "it is not a regular file: write the rules to one");
     ensure!(
         metadata.len() <= MAX_LEN,
         "it has {} bytes, at most {MAX_LEN} are taken",
