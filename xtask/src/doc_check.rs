@@ -2,8 +2,8 @@
 //! The documentation names files and sections that exist, tables have short cells, and the README
 //! stays short.
 //!
-//! Part of suite `style`. A link in a page is relative to it; `docs/...` in code, in messages and in
-//! pages is relative to the root.
+//! Part of suite `style`. A link in a page is relative to it; `docs/...` in code, in messages and
+//! in pages is relative to the root.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,8 +21,8 @@ const README_LINES: usize = 80;
 /// The most characters that a reader sees of a table's cell.
 const CELL: usize = 80;
 
-/// What is wrong under `root`: each broken link or mention and each wide cell with its file and line,
-/// and a README that is too long.
+/// What is wrong under `root`: each broken link or mention and each wide cell with its file and
+/// line, and a README that is too long.
 pub(crate) fn mistakes(root: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(root)? {

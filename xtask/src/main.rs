@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask`: tests, benchmarks, packages and the demo, and the test bed they run on.
 //!
-//! Each verb is a module; [`mod@test`] and [`check`] run the suites, [`test_bed`] makes what the VMs
-//! need.
+//! Each verb is a module; [`mod@test`] and [`check`] run the suites, [`test_bed`] makes what the
+//! VMs need.
 
 #![deny(unsafe_code)]
 
@@ -85,7 +85,8 @@ enum Verb {
     Check(check::Options),
     /// Run every test there is
     Test(test::Options),
-    /// Explore every order of what happens to the broker's core, and every interleaving of the races
+    /// Explore every order of what happens to the broker's core, and every interleaving of the
+    /// races
     Model,
     /// Run end-to-end scenarios: all of them, or those named
     E2e {

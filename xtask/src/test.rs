@@ -211,7 +211,8 @@ fn model(cache: &Cache, suite: &mut Suite) -> Result<()> {
     suite.cargo_test(&log, result)
 }
 
-/// Every interleaving of the races, where a crate has such tests: by its interface, or of its own parts.
+/// Every interleaving of the races, where a crate has such tests: by its interface, or of its own
+/// parts.
 fn loom(cache: &Cache, suite: &mut Suite) -> Result<()> {
     const TESTS: [(&str, &[&str]); 2] =
         [("tests/loom.rs", &["--test", "loom"]), ("src/loom_tests.rs", &["--lib", "loom_tests::"])];

@@ -2,10 +2,11 @@
 //! The broker: the core under its lock, what goes with its numbers, and what is done for its
 //! decisions.
 //!
-//! One lock guards all that is decided ([`Tables`]); it is never held over a system call. The other
-//! locks are of files, sockets and threads, and are held alone, but for those that are taken before it
-//! (a peer's outbox, its `copying`, which is held over a chunk's copy, and the list of a view for tokens)
-//! and a VM's RAM, which is taken last.
+//! One lock guards all that is decided ([`Tables`]); it is never held over a system call. Under it
+//! two others are taken, each for a moment: the queue of an outbox, and the one that has a VM's RAM
+//! ([`Vm::ram`]). Locks that are held while it is taken serialize the work of one party: a peer's
+//! `copying` and `sending`, an introspector's `attaching` and its tokens' list, the service's
+//! `adding`. None of these is taken under it.
 
 mod vms;
 
@@ -125,8 +126,8 @@ impl Broker {
         }
     }
 
-    /// Also writes the audit log to the file at `path` from now on, made with mode 0600 if it is not
-    /// there: one JSON object a line.
+    /// Also writes the audit log to the file at `path` from now on, made with mode 0600 if it is
+    /// not there: one JSON object a line.
     ///
     /// # Errors
     /// Where the file cannot be opened, or there is no thread left to write it.

@@ -73,11 +73,11 @@ impl Connection {
         }
     }
 
-    /// Serves a peer until it closes, is silent too long, does not read its answers or sends what is
-    /// no request.
+    /// Serves a peer until it closes, is silent too long, does not read its answers or sends what
+    /// is no request.
     ///
-    /// Returns the connection where the peer is idle, and its silence has no limit: it is to be served
-    /// again once the peer has sent something.
+    /// Returns the connection where the peer is idle, and its silence has no limit: it is to be
+    /// served again once the peer has sent something.
     pub(crate) fn serve(mut self) -> Option<Self> {
         match self.run() {
             Ok(Stop::Idle) => return Some(self),
@@ -143,8 +143,8 @@ impl Connection {
         }
     }
 
-    /// Waits for the next request, or for the end; false where the peer is idle, and its silence has
-    /// no limit.
+    /// Waits for the next request, or for the end; false where the peer is idle, and its silence
+    /// has no limit.
     ///
     /// # Errors
     /// Where it is silent too long.

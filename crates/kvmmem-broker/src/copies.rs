@@ -86,12 +86,12 @@ impl Broker {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(system)?;
-        let place = ChannelSlot::take(self, peer, Arc::new(ours))?;
+        let slot = ChannelSlot::take(self, peer, Arc::new(ours))?;
         let (socket, (broker, peer)) =
-            (Arc::clone(&place.socket), (Arc::clone(self), Arc::clone(peer)));
+            (Arc::clone(&slot.socket), (Arc::clone(self), Arc::clone(peer)));
         let thread = std::thread::Builder::new().name("copies".into()).stack_size(STACK);
         let started = thread.spawn(move || {
-            let _place = place;
+            let _slot = slot;
             Channel { broker, peer, view, socket, buffer }.serve();
         });
         match started {
@@ -224,16 +224,16 @@ impl Channel {
     }
 }
 
-/// A channel's place among all channels and its connection's, given back on drop. The socket is
-/// closed before that: closing it may block for as long as the peer likes.
+/// A channel's share of the limits of all channels and of its connection's, given back on drop. The
+/// socket is closed before that: closing it may block for as long as the peer likes.
 struct ChannelSlot {
     peer: Arc<Peer>,
     socket: Arc<OwnedFd>,
-    _place: Place,
+    _used: QuotaUse,
 }
 
-/// What a channel takes of the quota.
-struct Place {
+/// What a channel takes of the quota, given back on drop.
+struct QuotaUse {
     broker: Arc<Broker>,
     uid: u32,
 }
@@ -250,11 +250,11 @@ impl ChannelSlot {
         let who = peer.credentials();
         let taken = broker.tables().core.channels.take(who);
         taken.map_err(|exceeded| full(exceeded.to_string()))?;
-        let place = Place { broker: Arc::clone(broker), uid: who.uid };
+        let used = QuotaUse { broker: Arc::clone(broker), uid: who.uid };
         if !peer.add_channel(&socket) {
             return Err(full(format!("this connection has {MAX_CHANNELS} already")));
         }
-        Ok(Self { peer: Arc::clone(peer), socket, _place: place })
+        Ok(Self { peer: Arc::clone(peer), socket, _used: used })
     }
 }
 
@@ -266,7 +266,7 @@ impl Drop for ChannelSlot {
     }
 }
 
-impl Drop for Place {
+impl Drop for QuotaUse {
     fn drop(&mut self) {
         self.broker.tables().core.channels.give_back(self.uid);
     }

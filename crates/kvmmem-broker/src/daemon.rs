@@ -86,7 +86,7 @@ fn listen(settings: &Settings) -> anyhow::Result<Server> {
 /// Log to standard error.
 fn start_log(settings: &Settings) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.log)
-        .with_context(|| format!("what to log is no filter: {:?}", settings.log))?;
+        .with_context(|| format!("what to log is not a filter: {:?}", settings.log))?;
     let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let stderr =
         if settings.json { stderr.json().boxed() } else { stderr.with_ansi(false).boxed() };

@@ -28,7 +28,7 @@ use crate::sync::lock;
 use crate::workers::Workers;
 
 /// The most threads that open and close views, and those of one VM.
-const WORKERS: usize = 24;
+pub(crate) const WORKERS: usize = 24;
 const SHARE: usize = 8;
 
 /// How long the end of all connections, and with them of their views, is waited for.

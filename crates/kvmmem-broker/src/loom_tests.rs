@@ -28,8 +28,8 @@ use crate::test_peer::{Connection, grant_request, identity, ram};
 
 const ROOT: Credentials = Credentials { pid: 1, uid: 0 };
 
-/// Switches away from a thread that waits for nothing, in one run. One more than shows each fault that
-/// these tests are for.
+/// Switches away from a thread that waits for nothing, in one run. One more than shows each fault
+/// that these tests are for.
 const PREEMPTIONS: usize = 3;
 
 fn in_every_order(test: impl Fn() + Send + Sync + 'static) {

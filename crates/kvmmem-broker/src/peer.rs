@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The broker's end of a connection.
 //!
-//! Closing a socket may block for as long as its peer likes: a packet that was not received may hold
-//! a file whose last close blocks, such as a TCP socket with `SO_LINGER`. Any thread may have a
-//! [`Peer`], the reactor's and other connections' too, so dropping one must close nothing. The
-//! connection's own thread takes the socket out when it ends ([`Peer::close`]); others use it under a
-//! lock, for a moment, and never own it.
+//! Closing a socket may block for as long as its peer likes: a packet that was not received may
+//! hold a file whose last close blocks, such as a TCP socket with `SO_LINGER`. Any thread may have
+//! a [`Peer`], the reactor's and other connections' too, so dropping one must close nothing. The
+//! connection's own thread takes the socket out when it ends ([`Peer::close`]); others use it under
+//! a lock, for a moment, and never own it.
 
 use std::fmt::Debug;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -119,8 +119,8 @@ impl Peer {
     }
 
     /// Closes the connection, and the files of what waits to be sent over it. To be called by the
-    /// connection's own thread, for it may block. Threads that still have the peer have no file by it
-    /// from then on.
+    /// connection's own thread, for it may block. Threads that still have the peer have no file by
+    /// it from then on.
     pub(crate) fn close(&self) {
         // First, for it may be the last to have the RAM of other VMs.
         self.outbox.clear();
@@ -244,8 +244,8 @@ impl Peer {
         let _ = self.flush_held(&self.outbox.sending());
     }
 
-    /// Sends what waits, under the outbox's lock. A peer that does not read loses its connection: it
-    /// would keep what it must not. A target or a token that cannot be sent is reported.
+    /// Sends what waits, under the outbox's lock. A peer that does not read loses its connection:
+    /// it would keep what it must not. A target or a token that cannot be sent is reported.
     ///
     /// # Errors
     /// The number of the target that the peer was not told of, if it was that.

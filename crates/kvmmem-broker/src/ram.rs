@@ -13,6 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvmmem_proto::map::{MemoryMap, Region};
+use kvmmem_qemu::file_id::FileId;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -196,9 +197,8 @@ impl Ram {
     }
 }
 
-/// Device and inode of a file.
-fn identity(file: &OwnedFd) -> Result<(u64, u64), Errno> {
-    rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
+fn identity(file: &OwnedFd) -> Result<FileId, Errno> {
+    rustix::fs::fstat(file).map(|stat| FileId::of(&stat))
 }
 
 /// Microseconds since the epoch: a VM does not change so often that the next registration comes to

@@ -2,9 +2,9 @@
 //! A registered VM with what the core does not have: its RAM's files, its VMM's connection and its
 //! hooks.
 //!
-//! Any thread may have a [`Vm`], and have it past the VM's end: a hook that has not ended yet does, and
-//! so does the pause of an operator. So the end of a VM takes its RAM out: the last close of a memfd frees
-//! the memory, which takes long where that is large.
+//! Any thread may have a [`Vm`], and have it past the VM's end: a hook that has not ended yet does,
+//! and so does the pause of an operator. So the end of a VM takes its RAM out: the last close of a
+//! memfd frees the memory, which takes long where that is large.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};

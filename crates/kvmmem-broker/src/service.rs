@@ -43,7 +43,8 @@ pub struct Service {
     sessions: Workers,
     /// The VMMs of the VMs that were added.
     external: Watch,
-    /// Held while a VM is added whose RAM must be no other target's. Taken before the broker's lock.
+    /// Held while a VM is added whose RAM must be no other target's. Taken before the broker's
+    /// lock.
     adding: Mutex<()>,
     introspectors: Arc<Introspectors>,
     guest_endpoint: GuestEndpoint,
@@ -149,5 +150,24 @@ impl Drop for Service {
         self.ends.end();
         self.services.end();
         self.sessions.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ENDS, SERVICES, SESSIONS};
+    use crate::core::limits::MAX_CONNECTIONS;
+    use crate::{guest_endpoint, introspector};
+
+    #[test]
+    fn at_the_limits_there_are_at_most_2800_threads() {
+        // The main thread, the reactor, and those of refused connections, of the audit log and of
+        // the VMs of the broker before.
+        const SINGLE: usize = 5;
+        let pools = ENDS + SERVICES + SESSIONS + guest_endpoint::WORKERS;
+        let threads = SINGLE + pools + MAX_CONNECTIONS + introspector::list::MAX;
+        // docs/reference/limits.md has this number.
+        assert_eq!(threads, 2727);
+        assert!(threads <= 2800);
     }
 }

@@ -43,8 +43,8 @@ impl State {
     /// Remembers from now on in a folder, which is made; what is there waits to be added again.
     ///
     /// # Errors
-    /// Where nothing can be written there, or the system does not read what is there. A file that makes
-    /// no sense is reported and ignored.
+    /// Where nothing can be written there, or the system does not read what is there. A file that
+    /// makes no sense is reported and ignored.
     pub(super) fn open(&self, directory: &Path) -> io::Result<Vec<Entry>> {
         let (file, waiting) = StateFile::open(directory)?;
         let mut generations = self.generations();

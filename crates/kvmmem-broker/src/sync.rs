@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Locks, and waiting for what they guard.
 //!
-//! Nothing in this crate leaves what a lock guards half changed, so a lock that a panic has poisoned
-//! is as good as before.
+//! Nothing in this crate leaves what a lock guards half changed, so a lock that a panic has
+//! poisoned is as good as before.
 
 pub(crate) mod checked;
 

@@ -84,8 +84,8 @@ impl Connection {
         }
     }
 
-    /// Sends what is no request, for which the broker ends the connection, and after it a file whose
-    /// close blocks until the stream that is returned is dropped.
+    /// Sends what is no request, for which the broker ends the connection, and after it a file
+    /// whose close blocks until the stream that is returned is dropped.
     pub(crate) fn break_off(&self) -> TcpStream {
         let (file, other_end) = lingering();
         let socket = self.socket.as_ref().unwrap();

@@ -54,8 +54,8 @@ impl Service {
     /// Stops a target for a connection that holds `held`, or checks that it is still stopped.
     ///
     /// # Errors
-    /// Where there is no such target or its VMM cannot be asked. Where `held` cannot be relied on any
-    /// more, it is ended.
+    /// Where there is no such target or its VMM cannot be asked. Where `held` cannot be relied on
+    /// any more, it is ended.
     pub(crate) fn pause(
         &self,
         peer: Credentials,

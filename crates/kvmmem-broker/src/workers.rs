@@ -210,8 +210,8 @@ impl Workers {
     }
 
     /// Does a job that looks for a path, unless one for that path is there already or too many for
-    /// others are; whether it does. One for a path that the kernel has in its cache does not wait for
-    /// those that may hang.
+    /// others are; whether it does. One for a path that the kernel has in its cache does not wait
+    /// for those that may hang.
     pub(crate) fn run_for_path(&self, path: &Path, job: impl FnOnce() + Send + 'static) -> bool {
         let mut hasher = DefaultHasher::new();
         path.hash(&mut hasher);

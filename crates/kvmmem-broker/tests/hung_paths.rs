@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hooks to paths whose file system never answers. Alone in its program: the children that mount get
-//! its file descriptors.
+//! Hooks to paths whose file system never answers. Alone in its program: the children that mount
+//! get its file descriptors.
 
 mod common;
 
@@ -79,7 +79,8 @@ fn a_file_system_that_never_answers_holds_up_no_other_hook() {
     session.ask(Request::GetVersion).unwrap();
 }
 
-/// All threads that look for paths are stuck. A tool that listens has its path in the kernel's cache.
+/// All threads that look for paths are stuck. A tool that listens has its path in the kernel's
+/// cache.
 #[test]
 fn many_paths_that_hang_hold_up_no_tool_that_listens() {
     let Some(hung) = Hung::mount() else {
@@ -96,7 +97,8 @@ fn many_paths_that_hang_hold_up_no_tool_that_listens() {
         (0..count).for_each(|n| admin.hook(names[vm], &hung.endpoint(8 * vm + n)).unwrap());
     };
     (0..3).for_each(|vm| hang(&mut admin, vm, 8));
-    // One that waits for a thread when its tool begins to listen, and one whose tool listens already.
+    // One that waits for a thread when its tool begins to listen, and one whose tool listens
+    // already.
     admin.hook("lynx", &late).unwrap();
     admin.hook("lynx", &tool.endpoint).unwrap();
     hang(&mut admin, 3, 6);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A broker and VMMs that have no file descriptors left. Alone in its program: it leaves none to other
-//! programs' tests; its own run one after the other.
+//! A broker and VMMs that have no file descriptors left. Alone in its program: it leaves none to
+//! other programs' tests; its own run one after the other.
 
 mod common;
 

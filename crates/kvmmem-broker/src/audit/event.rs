@@ -226,8 +226,8 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Writes into a new record what belongs to the event. The record is large: it is filled in place,
-    /// as thousands of threads keep the deepest stack that they have ever had.
+    /// Writes into a new record what belongs to the event. The record is large: it is filled in
+    /// place, as thousands of threads keep the deepest stack that they have ever had.
     pub(super) fn fill(&self, record: &mut Record<'a>) {
         record.event = self.kind().name();
         match *self {

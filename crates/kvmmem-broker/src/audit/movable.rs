@@ -46,8 +46,8 @@ impl Write for AuditFile {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // A FIFO that is not read is an error, which a regular file never gives: it would be waited for,
-    // and no signal ended that.
+    // A FIFO that is not read is an error, which a regular file never gives: it would be waited
+    // for, and no signal ended that.
     let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
     let mut options = OpenOptions::new();
     let file = options.create(true).append(true).mode(0o600).custom_flags(flags).open(path)?;

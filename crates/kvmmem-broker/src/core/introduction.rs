@@ -52,10 +52,10 @@ impl Core {
         Ok(given?)
     }
 
-    /// Undoes what a peer has opened, or the push of a token to it: the target's files did not arrive
-    /// there. The message may be late: views and introductions since then stay. A peer that lies has
-    /// the files, and gets no more by another use. Returns a view that the caller undoes by
-    /// [`Self::undo_view`] once no copy from it is under way.
+    /// Undoes what a peer has opened, or the push of a token to it: the target's files did not
+    /// arrive there. The message may be late: views and introductions since then stay. A peer that
+    /// lies has the files, and gets no more by another use. Returns a view that the caller undoes
+    /// by [`Self::undo_view`] once no copy from it is under way.
     ///
     /// # Errors
     /// Where the peer's VM is no introspector.

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many connections, VMs, hooks, channels, grants and policies the broker takes, and how long it
-//! waits.
+//! How many connections, VMs, hooks, channels, grants and policies the broker takes, and how long
+//! it waits.
 
 use std::time::Duration;
 
 use super::quota::Bound;
 
 /// The most connections at a time: each that is not idle has a thread.
-const MAX_CONNECTIONS: usize = 2560;
+pub(crate) const MAX_CONNECTIONS: usize = 2560;
 
 /// The most VMs that are registered at a time.
 pub(crate) const MAX_VMS: usize = 2048;

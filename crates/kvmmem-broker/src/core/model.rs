@@ -180,7 +180,8 @@ impl State {
         if self.granted < bounds.grants {
             actions.extend(self.targets.iter().map(|&target| Action::Grant { target }));
         }
-        // Processes of the host that hold nothing are alike: it is enough if the first of them acts.
+        // Processes of the host that hold nothing are alike: it is enough if the first of them
+        // acts.
         let is_idle = |peer: u64, its: &Peer| peer != VMM && *its == Peer::default();
         let idle = self.peers.iter().find(|(peer, its)| is_idle(**peer, its));
         let busy = self.peers.iter().filter(|(peer, its)| !is_idle(**peer, its));

@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn one_vm_cannot_take_the_places_of_all() {
+    fn one_vm_cannot_take_the_slots_of_all() {
         let limit = Arc::new(ConnectionLimit::default());
         let mut taken: Vec<Slot> =
             (0..MAX_PER_CID).map(|_| limit.take(3, &socket()).unwrap()).collect();

@@ -80,7 +80,7 @@ fn unknown_peer(broker: &Broker, cid: u32) -> CallError {
             vm.identity().name
         ),
         None => format!(
-            "the VM with context id {cid} is no introspector of this host; to make it one: kvmmem introspector add"
+            "the VM with context id {cid} is not an introspector of this host; to make it one: kvmmem introspector add"
         ),
     };
     CallError::new(Refusal::Denied, words)

@@ -3,9 +3,9 @@
 //!
 //! A hook costs no thread while it waits for its tool to listen or to send: the reactor waits for
 //! that. Each step is a job of the broker's session workers, and ends after a limited amount of
-//! work. One worker at a time is at work on a hook. A stream is closed by the worker, before the hook
-//! connects again: what the tool has sent and the broker has not received may be a file whose close
-//! blocks.
+//! work. One worker at a time is at work on a hook. A stream is closed by the worker, before the
+//! hook connects again: what the tool has sent and the broker has not received may be a file whose
+//! close blocks.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -117,8 +117,8 @@ impl Driver {
         Session { broker, introspectors, vm: &self.vm, hook: &self.hook }
     }
 
-    /// Has a worker take a step. A hook that was undone while it has no connection ends at once: its
-    /// path's file system may not answer for ever.
+    /// Has a worker take a step. A hook that was undone while it has no connection ends at once:
+    /// its path's file system may not answer for ever.
     fn run(self: &Arc<Self>) {
         let mut state = self.hook.lock();
         let is_unconnected = state.stream.is_none();
@@ -147,7 +147,8 @@ impl Driver {
         let _ = self.reactor.arm(self.token, None, Some(Instant::now() + pause));
     }
 
-    /// Ends the driver. A worker that still looks for the tool's path keeps nothing of it but memory.
+    /// Ends the driver. A worker that still looks for the tool's path keeps nothing of it but
+    /// memory.
     fn end(&self) {
         let counted = lock(&self.counted).take();
         drop(counted);

@@ -22,7 +22,7 @@ pub(crate) enum RamError {
     ReadOnly,
     #[error("RAM's memfd has {size:#x} bytes, its regions need {needed:#x}")]
     Small { size: u64, needed: u64 },
-    #[error("the VMM's memory is no /proc/PID/mem that is open for reading and writing")]
+    #[error("the VMM's memory is not a /proc/PID/mem that is open for reading and writing")]
     NotMemory,
     #[error("the VMM has no memory at {hva:#x}, where the RAM at gpa {gpa:#x} should be")]
     Unmapped { gpa: u64, hva: u64 },

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that closes connections which were refused.
 //!
-//! A packet that was not received may hold a file whose last close blocks, such as a TCP socket with
-//! `SO_LINGER`. One thread for all: the others wait, and hold a file descriptor each.
+//! A packet that was not received may hold a file whose last close blocks, such as a TCP socket
+//! with `SO_LINGER`. One thread for all: the others wait, and hold a file descriptor each.
 
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};

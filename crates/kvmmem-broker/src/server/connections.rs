@@ -66,11 +66,11 @@ impl Shared {
     }
 }
 
-/// A connection's place among those that there may be, given back on drop, or by
-/// [`Self::close`] once the socket is closed.
+/// A connection's share of the limit, given back on drop, or by [`Self::close`] once the socket is
+/// closed.
 pub(super) struct ConnectionSlot {
     entry: Entry,
-    _place: Place,
+    _used: QuotaUse,
 }
 
 /// A connection's entry in the list of those that are ended with the broker.
@@ -79,8 +79,8 @@ struct Entry {
     peer: Arc<Peer>,
 }
 
-/// What a connection takes of the quota.
-struct Place {
+/// What a connection takes of the quota, given back on drop.
+struct QuotaUse {
     shared: Arc<Shared>,
     uid: u32,
 }
@@ -92,8 +92,8 @@ impl ConnectionSlot {
         connections.quota.take(peer.credentials())?;
         connections.peers.insert(peer.number(), Arc::clone(&peer));
         drop(connections);
-        let place = Place { shared: Arc::clone(&shared), uid: peer.credentials().uid };
-        Ok(Self { entry: Entry { shared, peer }, _place: place })
+        let used = QuotaUse { shared: Arc::clone(&shared), uid: peer.credentials().uid };
+        Ok(Self { entry: Entry { shared, peer }, _used: used })
     }
 
     pub(super) fn service(&self) -> &Arc<Service> {
@@ -105,9 +105,9 @@ impl ConnectionSlot {
     }
 
     /// Ends a connection that is served no more: closes its socket, which may block for as long as
-    /// the peer likes, and gives its place back then. To be called by its own thread.
+    /// the peer likes, and gives its share back then. To be called by its own thread.
     pub(super) fn close(self) {
-        let Self { entry, _place } = self;
+        let Self { entry, _used } = self;
         let peer = Arc::clone(&entry.peer);
         drop(entry);
         peer.close();
@@ -121,7 +121,7 @@ impl Drop for Entry {
     }
 }
 
-impl Drop for Place {
+impl Drop for QuotaUse {
     fn drop(&mut self) {
         self.shared.lock().quota.give_back(self.uid);
     }

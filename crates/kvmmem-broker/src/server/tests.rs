@@ -89,7 +89,7 @@ fn a_user_with_all_its_connections_keeps_nobody_out() {
     assert_eq!(granted, 1);
     // Who ends a connection may have another one.
     drop(taken.pop());
-    wait_for("its place is free", || connect(USER).is_ok());
+    wait_for("its share is free", || connect(USER).is_ok());
 }
 
 /// A connection that has sent a file whose close blocks until the returned peer is dropped, after a
@@ -148,7 +148,7 @@ fn a_connection_counts_until_its_files_are_closed() {
     connect(OTHER).unwrap();
     connect(ROOT).unwrap();
     drop(peers);
-    wait_for("its places are free", || connect(USER).is_ok());
+    wait_for("its share is free", || connect(USER).is_ok());
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_user_with_all_its_vms_keeps_nobody_out() {
     assert_eq!(others.len(), 1);
     assert_eq!(flood(|number| running.target(ROOT, &format!("root-{number}"))).0.len(), 2);
     drop(taken);
-    wait_for("its place is free", || running.target(USER, "again").is_ok());
+    wait_for("its share is free", || running.target(USER, "again").is_ok());
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn a_user_with_all_its_grants_keeps_nobody_out() {
     assert_eq!(flood(grant(OTHER)).0.len(), 1);
     assert_eq!(grant(ROOT)(0), Ok(7));
     running.connect(ROOT).ask(Call::Revoke { grant: taken[0] }, None).unwrap();
-    assert_eq!(flood(grant(USER)).0.len(), 0, "root has taken its place of the common ones");
+    assert_eq!(flood(grant(USER)).0.len(), 0, "root has taken one of the common connections");
     running.connect(ROOT).ask(Call::Revoke { grant: 7 }, None).unwrap();
     assert_eq!(flood(grant(USER)).0.len(), 1);
 }
@@ -211,7 +211,7 @@ fn a_user_with_all_its_hooks_keeps_nobody_out() {
     assert!(taken.len() == 5 && message.contains("hooks: user 4000000001 has 5"), "{message}");
     assert_eq!(hook(OTHER).0.len(), 1);
     assert_eq!(hook(ROOT).0.len(), 2);
-    // They end with the tool's VM, and with them their places.
+    // They end with the tool's VM, and with them their connections.
     drop(lion);
     wait_for("its hooks end", || running.server.service().broker().hook_count() == 0);
 }

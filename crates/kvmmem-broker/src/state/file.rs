@@ -145,8 +145,8 @@ impl StateFile {
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// A reader finds the old file or the new one. There is no `fsync`: a host that loses power loses
-    /// its VMs too.
+    /// A reader finds the old file or the new one. There is no `fsync`: a host that loses power
+    /// loses its VMs too.
     fn replace<'e>(&self, entries: impl Iterator<Item = &'e Entry>) -> io::Result<()> {
         let vms: Vec<&Entry> = entries.collect();
         let content = Content { version: VERSION, boot: self.boot.clone(), vms };

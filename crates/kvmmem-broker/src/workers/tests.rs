@@ -136,7 +136,8 @@ fn a_path_that_is_looked_for_without_end_holds_up_no_other() {
     reactor.end();
 }
 
-/// Its threads may have been started just now: they find no room for the path, and wait for more work.
+/// Its threads may have been started just now: they find no room for the path, and wait for more
+/// work.
 #[test]
 fn a_full_pool_looks_again_whether_there_is_room_for_a_path() {
     let reactor = Reactor::default();

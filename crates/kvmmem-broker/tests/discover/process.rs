@@ -42,7 +42,7 @@ fn a_qemu_under_another_name_is_found() {
     // Neither its name nor its memory is QEMU's.
     let fake = Fake::start_as("vmm", "sealed tables", HONEST);
     let message = refusal(&broker, &Which::Pid(fake.pid()));
-    assert!(message.contains("\"vmm\", which is no VMM that kvmmem knows"), "{message}");
+    assert!(message.contains("\"vmm\", which is not a VMM that kvmmem knows"), "{message}");
     assert!(discover().unwrap().iter().all(|found| found.pid != fake.pid()));
     drop(fake);
     // Its memory is.
@@ -55,7 +55,7 @@ fn a_qemu_under_another_name_is_found() {
 fn who_is_no_vmm_is_refused() {
     let broker = TestBroker::start();
     let message = refusal(&broker, &Which::Pid(std::process::id()));
-    assert!(message.contains("is no VMM"), "{message}");
+    assert!(message.contains("is not a VMM"), "{message}");
     let mut fake = Fake::start("sealed tables", HONEST);
     fake.end();
     let message = refusal(&broker, &Which::Pid(fake.pid()));

@@ -208,7 +208,7 @@ fn lies_over_qmp_are_measured_by_the_kernel() {
                 }
                 _ => answer,
             },
-            "which is no range",
+            "which is not a range",
         ),
         (|_, _| json!([]), "is not the answer to"),
     ];

@@ -120,14 +120,14 @@ impl Grant {
         }
     }
 
-    /// Whether something is open under it. Pages mapped with KVMI tokens are not counted: a tool has
-    /// tens of thousands of them.
+    /// Whether something is open under it. Pages mapped with KVMI tokens are not counted: a tool
+    /// has tens of thousands of them.
     pub(super) fn is_in_use(&self) -> bool {
         !self.views.is_empty() || self.may_be_returned()
     }
 
-    /// Whether a peer may still report that it cannot use what it has opened, so that a use comes back.
-    /// KVMI's tokens live for seconds, and a tool asks for another one.
+    /// Whether a peer may still report that it cannot use what it has opened, so that a use comes
+    /// back. KVMI's tokens live for seconds, and a tool asks for another one.
     pub(super) fn may_be_returned(&self) -> bool {
         self.terms.origin == Origin::Operator && !(self.views.is_empty() && self.users.is_empty())
     }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of grants and views.
 //!
-//! Time passes at the next operation, by the caller's monotonic clock. A grant that can no longer be
-//! used stays while something is open by it, and then for a minute, so that lists show it; beyond
-//! `MAX_LEAVING` the oldest of the user or target with the most leave
-//! earlier.
+//! Time passes at the next operation, by the caller's monotonic clock. A grant that can no longer
+//! be used stays while something is open by it, and then for a minute, so that lists show it;
+//! beyond `MAX_LEAVING` the oldest of the user or target with the most leave earlier.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;

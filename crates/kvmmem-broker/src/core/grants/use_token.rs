@@ -48,8 +48,8 @@ impl Grants {
         Ok(Some(opened))
     }
 
-    /// Records that this connection used a grant's token, which was pushed to it. The token may have
-    /// expired, or the grant been revoked: the connection reports uses until it confirms.
+    /// Records that this connection used a grant's token, which was pushed to it. The token may
+    /// have expired, or the grant been revoked: the connection reports uses until it confirms.
     pub(crate) fn used(&mut self, now: Instant, id: u64, by: u64) -> Option<Access> {
         self.advance(now);
         let grant = self.grants.get_mut(&id)?;

@@ -63,8 +63,8 @@ impl Grants {
         Ok((view, opened))
     }
 
-    /// The target of a view and what the view allows, if it is this connection's, is not being closed
-    /// and its grant is not revoked.
+    /// The target of a view and what the view allows, if it is this connection's, is not being
+    /// closed and its grant is not revoked.
     pub(crate) fn reach(&self, view: u64, by: u64) -> Option<(u64, Scope)> {
         let view = self.views.get(&view).filter(|view| view.peer == by && !view.is_closing)?;
         let grant = self.grants.get(&view.grant).filter(|grant| !grant.revoked)?;

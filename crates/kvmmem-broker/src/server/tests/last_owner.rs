@@ -9,8 +9,8 @@ use crate::reactor::tests::{hold, is_alive};
 use crate::test_peer::ram;
 
 impl Running {
-    /// Ends a VMM's connection in such a way that closing its socket blocks until the stream that is
-    /// returned is dropped.
+    /// Ends a VMM's connection in such a way that closing its socket blocks until the stream that
+    /// is returned is dropped.
     fn end(&self, vmm: Connection) -> TcpStream {
         // The broker needs it for the end, which has not begun when all has been sent.
         let service = self.server.service();
@@ -18,8 +18,8 @@ impl Running {
         vmm.break_off()
     }
 
-    /// Waits until so many connections are left; that of a VMM has done then what it does at its end,
-    /// but for closing its socket.
+    /// Waits until so many connections are left; that of a VMM has done then what it does at its
+    /// end, but for closing its socket.
     fn wait_for_connections(&self, left: usize) {
         let connections = || self.server.shared.wait_for_peers(Instant::now());
         wait_for("a connection to end", || connections() == left);
