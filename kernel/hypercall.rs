@@ -136,8 +136,8 @@ fn offered() -> Result<Option<(Method, u32, Option<u32>)>> {
     Ok(Some((method.ok_or(ENODEV)?, features, gsi)))
 }
 
-/// The error that a tool gets for the host's `answer`, which is not 0: EIO unless it is one of KVM's
-/// errors.
+/// The error that a tool gets for the host's `answer`, which is not 0: EIO unless it is one of
+/// KVM's errors.
 pub(crate) fn error(answer: i64) -> Error {
     KvmError::from_result(answer).map_or(EIO, |error| Error::from_errno(-error.errno()))
 }

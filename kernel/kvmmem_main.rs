@@ -3,9 +3,9 @@
 //! another virtual machine, through a view or page by page in place of its own memory (v1).
 //!
 //! Layers of a view, outermost first: [`device`] (system calls), [`native`] or [`regions`] (the two
-//! sets of ioctls), [`view`] and [`transfer`] (mmap, faults, poll; read, write, lseek), [`contents`]
-//! (what it shows at a generation), [`attachment`] (the host's side, read by a [`snapshot`] of its
-//! descriptor), [`window`] (the memory). [`watch`] notices the host's changes.
+//! sets of ioctls), [`view`] and [`transfer`] (mmap, faults, poll; read, write, lseek),
+//! [`contents`] (what it shows at a generation), [`attachment`] (the host's side, read by a
+//! [`snapshot`] of its descriptor), [`window`] (the memory). [`watch`] notices the host's changes.
 //!
 //! Without hypercalls, views come as PCI devices: [`devices`] (the driver), [`slot`] (a descriptor
 //! and its windows, with its [`users`]), [`slots`] (all slots, and the one that a token claims or
@@ -42,13 +42,13 @@
 //! host opens and closes views under `attaching`, or when the last file is closed, and looks for
 //! data (SEEK) under no lock.
 //!
-//! Readers of a view's contents ([`sys::published`]) are no lock for each other. Two places wait for
-//! them: `View::replace` under `changing`, and the unbinding of a window's function under the PCI
-//! device's lock, which waits for the contents that use the window. So a reader takes neither of
-//! these two locks and never waits for user memory: copies are made without page faults, and
+//! Readers of a view's contents ([`sys::published`]) are no lock for each other. Two places wait
+//! for them: `View::replace` under `changing`, and the unbinding of a window's function under the
+//! PCI device's lock, which waits for the contents that use the window. So a reader takes neither
+//! of these two locks and never waits for user memory: copies are made without page faults, and
 //! missing pages are faulted in between. The view replaces its contents by itself, since its work
-//! looks at the slot every 4 ms while a window of PCI devices is mapped. So unbinding need not find the view, and
-//! no view is found by its slot.
+//! looks at the slot every 4 ms while a window of PCI devices is mapped. So unbinding need not find
+//! the view, and no view is found by its slot.
 //!
 //! Only `sys/` has unsafe code; `shim.c` wraps macros and inline functions of the kernel.
 #![deny(unsafe_code)]

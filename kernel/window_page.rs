@@ -2,8 +2,8 @@
 //! v1 where the host is not called: MAP puts one page of a view in the place of the tool's page.
 //!
 //! [`crate::page_file`] has them, one set for each open file. The view is one that lists the token
-//! (see [`crate::slots`]). The page is an area of memory of an *inner file*: the device, opened once
-//! more by the module, with that view. So an area does not keep the tool's own file open, and
+//! (see [`crate::slots`]). The page is an area of memory of an *inner file*: the device, opened
+//! once more by the module, with that view. So an area does not keep the tool's own file open, and
 //! closing that is noticed.
 //!
 //! What is mapped where, the process's areas say: UNMAP, munmap, exec and exit take an area away,
@@ -67,8 +67,8 @@ impl InnerFile {
         })
     }
 
-    /// Whether the target's page at `gpa` may be mapped: `EFAULT` where there is none, `EPERM` where
-    /// it may not be written, as v1 always may.
+    /// Whether the target's page at `gpa` may be mapped: `EFAULT` where there is none, `EPERM`
+    /// where it may not be written, as v1 always may.
     fn check(&self, gpa: u64) -> Result {
         let contents = self.view()?.look();
         if !contents.window()?.contains(gpa) {
@@ -183,8 +183,9 @@ impl WindowPages {
     /// UNMAP of a page that any file of the process, whose memory is `mm`, has mapped: `ENOENT`
     /// where there is none.
     ///
-    /// If another thread maps something at `gva` between the check and the replacement, that mapping
-    /// is lost: `vm_mmap` offers no check under its lock for an anonymous area, which MAP requires.
+    /// If another thread maps something at `gva` between the check and the replacement, that
+    /// mapping is lost: `vm_mmap` offers no check under its lock for an anonymous area, which MAP
+    /// requires.
     pub(crate) fn unmap(&self, mm: &MmWithUser, gva: usize) -> Result {
         let mut files = self.files.lock();
         if !is_mapped(mm, gva) {
@@ -203,8 +204,8 @@ impl WindowPages {
 
 impl Drop for WindowPages {
     /// Undoes all mappings, as the file is closed. By its opener: with zero pages in their places.
-    /// By another process: accesses raise SIGBUS from here on. Another thread's mapping may be lost,
-    /// as in [`Self::unmap`].
+    /// By another process: accesses raise SIGBUS from here on. Another thread's mapping may be
+    /// lost, as in [`Self::unmap`].
     fn drop(&mut self) {
         let task = current!();
         let is_opener = |mm: &&MmWithUser| core::ptr::eq(mm.as_raw(), self.mm.as_raw());

@@ -129,8 +129,8 @@ pub(crate) fn is_counted<T: Areas>(area: &VmaRef) -> bool {
 
 /// Whether an area is one of this file.
 pub(crate) fn is_of(area: &VmaRef, file: &File) -> bool {
-    // SAFETY: a `VmaRef` exists only while the area is locked at least for reading, so its file does
-    // not change.
+    // SAFETY: a `VmaRef` exists only while the area is locked at least for reading, so its file
+    // does not change.
     core::ptr::eq(unsafe { (*area.as_ptr()).vm_file }, file.as_ptr())
 }
 

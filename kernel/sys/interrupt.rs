@@ -15,8 +15,8 @@ pub(crate) trait Interrupted: Send + Sync {
     fn interrupted(this: ArcBorrow<'_, Self>);
 }
 
-/// Calls an object at each interrupt of a GSI, which is edge-triggered and shared. Not any more once
-/// dropped.
+/// Calls an object at each interrupt of a GSI, which is edge-triggered and shared. Not any more
+/// once dropped.
 ///
 /// # Invariants
 ///
@@ -79,8 +79,8 @@ unsafe extern "C" fn on_interrupt<T: Interrupted>(
     _irq: c_int,
     object: *mut c_void,
 ) -> bindings::irqreturn_t {
-    // SAFETY: by the function's contract the handler holds a count of the object, and its drop waits
-    // for this call.
+    // SAFETY: by the function's contract the handler holds a count of the object, and its drop
+    // waits for this call.
     T::interrupted(unsafe { ArcBorrow::from_raw(object.cast::<T>()) });
     // The line is edge-triggered and belongs to this module alone: each interrupt is for all
     // handlers.

@@ -46,8 +46,8 @@ pub const FEATURE_REGIONS: u32 = 1 << 4;
 
 // Bit 5 is reserved: drivers before version 0.2 set it.
 
-/// [`Info::features`]: the host shows views as PCI devices. A tool opens one at the broker's guest endpoint (vsock)
-/// first. The endpoint's answer has the token that ATTACH then needs.
+/// [`Info::features`]: the host shows views as PCI devices. A tool opens one at the broker's guest
+/// endpoint (vsock) first. The endpoint's answer has the token that ATTACH then needs.
 pub const FEATURE_DEVICES: u32 = 1 << 6;
 
 /// [`Attach::flags`]: read-only, even if the grant allows writes.

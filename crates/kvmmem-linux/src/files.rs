@@ -108,8 +108,8 @@ impl<'a> Files<'a> {
     /// closed meanwhile are left out.
     ///
     /// # Errors
-    /// [`KernelError`]: the table of descriptors cannot be found; [`KernelError::TooMuch`] where the
-    /// files of all tasks so far take more than 1 GiB.
+    /// [`KernelError`]: the table of descriptors cannot be found; [`KernelError::TooMuch`] where
+    /// the files of all tasks so far take more than 1 GiB.
     pub fn of(&self, task: &Task) -> Result<OpenFiles, KernelError> {
         let word = |base: u64, at: u64| self.kernel.read_u64(base.wrapping_add(at));
         let files = word(task.gva, self.files)?;

@@ -174,8 +174,8 @@ impl<'a> Details<'a> {
     /// memory, or whose memory is not a program's.
     ///
     /// # Errors
-    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes so
-    /// far take more than 1 GiB.
+    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes
+    /// so far take more than 1 GiB.
     pub fn executable(&self, task: &Task) -> Result<Option<FilePath>, KernelError> {
         let Some(mm) = self.kernel.memory_of(task)? else { return Ok(None) };
         let file = self.word(mm, self.exe_file)?;
@@ -192,8 +192,8 @@ impl<'a> Details<'a> {
     /// have written over it.
     ///
     /// # Errors
-    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes so
-    /// far take more than 1 GiB.
+    /// [`KernelError`]; [`KernelError::TooMuch`] where programs and environments of all processes
+    /// so far take more than 1 GiB.
     pub fn environment(&self, task: &Task) -> Result<Args, KernelError> {
         let Some(mm) = self.kernel.memory_of(task)? else { return Ok(Args::default()) };
         let (start, end) = self.environment;

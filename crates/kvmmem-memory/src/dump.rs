@@ -7,8 +7,8 @@
 //! | ELF core | in PT_LOAD segments, at p_paddr | `\x7fELF` |
 //! | LiME | in ranges with a header of 32 bytes each | `EMiL` |
 //!
-//! A file may be larger than memory, and may shrink while it is read, which is an error. All that it
-//! says of itself is checked against its length.
+//! A file may be larger than memory, and may shrink while it is read, which is an error. All that
+//! it says of itself is checked against its length.
 
 mod elf;
 mod error;
@@ -123,8 +123,8 @@ impl DumpFile {
 
     /// Where `len` bytes from `gpa` on are mapped into this process, and at which offset there, so
     /// that they can be searched in place. `None` where the file cannot be mapped, or does not have
-    /// them in one piece. The first call, and the first large read, install a handler of SIGBUS, see
-    /// [`kvmmem_sys::foreign`].
+    /// them in one piece. The first call, and the first large read, install a handler of SIGBUS,
+    /// see [`kvmmem_sys::foreign`].
     pub fn mapped(&self, gpa: u64, len: u64) -> Option<(&Foreign, u64)> {
         let Segment { range, offset } = self.segment(gpa)?;
         let within = gpa.checked_sub(range.gpa)?;

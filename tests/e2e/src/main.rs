@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! End-to-end scenarios, the demo, `try` and the bench: what runs on a KVM host, real or emulated.
 //!
-//! `cargo xtask` makes the test bed that `KVMMEM_TEST_BED` names and runs this program where `/dev/kvm` is.
+//! `cargo xtask` makes the test bed that `KVMMEM_TEST_BED` names and runs this program where
+//! `/dev/kvm` is.
 #![deny(unsafe_code)]
 
 mod bench;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Entries of system calls and interrupts: each must lead to its own handler, by its name; where that
-//! is not known, to a handler of that kind to which no other entry leads. Branches of the dispatcher must lead into the kernel's
-//! text.
+//! Entries of system calls and interrupts: each must lead to its own handler, by its name; where
+//! that is not known, to a handler of that kind to which no other entry leads. Branches of the
+//! dispatcher must lead into the kernel's text.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;

@@ -9,8 +9,8 @@ use super::guest_space::{ENTRY, Space};
 /// The most page tables of one process: 128 GiB of small pages.
 const MAX_TABLES: usize = 1 << 16;
 
-/// The most parts of pages that lie in RAM. A page has one, unless RAM has a hole there: these are as
-/// many as there are pages in so many tables, and what is in memory takes at most 800 MB.
+/// The most parts of pages that lie in RAM. A page has one, unless RAM has a hole there: these are
+/// as many as there are pages in so many tables, and what is in memory takes at most 800 MB.
 const MAX_PARTS: usize = MAX_TABLES * PAGE_SIZE / ENTRY;
 
 /// Bits 12 to 51 of an entry.

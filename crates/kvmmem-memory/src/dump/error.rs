@@ -45,7 +45,7 @@ pub enum DumpError {
         len: u64,
     },
     /// Its headers make no sense.
-    #[error("{} is no dump that can be read: {what}", path.display())]
+    #[error("{} is not a dump that can be read: {what}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,

@@ -3,9 +3,9 @@
 //! system call, and a search also the copy.
 //!
 //! The file may shrink, and its disk may fail, at any moment: so there is no reference into it, and
-//! the guarded loads of [`kvmmem_sys::foreign`] turn the SIGBUS into an error. Where a file cannot be
-//! mapped (some file systems, a limit of the address space) it is read by `pread`, which also says
-//! why bytes cannot be read.
+//! the guarded loads of [`kvmmem_sys::foreign`] turn the SIGBUS into an error. Where a file cannot
+//! be mapped (some file systems, a limit of the address space) it is read by `pread`, which also
+//! says why bytes cannot be read.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -44,8 +44,8 @@ fn map(file: &File, len: u64) -> Option<Foreign> {
     Some(memory)
 }
 
-/// Whether the file has no hole there: in a hole of a file in memory (tmpfs), a page fault allocates
-/// memory, and a read does not.
+/// Whether the file has no hole there: in a hole of a file in memory (tmpfs), a page fault
+/// allocates memory, and a read does not.
 fn is_data(file: &File, offset: u64, len: u64) -> bool {
     seek(file, SeekFrom::Data(offset)).is_ok_and(|data| data == offset)
         && seek(file, SeekFrom::Hole(offset)).is_ok_and(|hole| hole - offset >= len)

@@ -443,8 +443,8 @@ fn slots(world: &World, spec: &Spec) -> Result<(u64, Vec<String>)> {
     Ok((line["slots"]["free"].as_u64().context("no number of free slots")?, retired))
 }
 
-/// The slots once they are as is wanted, or as they are at last: a view takes its slots until the broker
-/// knows that QEMU has released its memory.
+/// The slots once they are as is wanted, or as they are at last: a view takes its slots until the
+/// broker knows that QEMU has released its memory.
 fn settled_slots(
     world: &World,
     spec: &Spec,
