@@ -23,7 +23,6 @@
 //! The order of checks keeps a token unused if the call cannot work. Only two checks follow the
 //! redemption, since they need the target: its holes and its identity.
 
-mod again;
 mod codec;
 mod deferred;
 mod exits;

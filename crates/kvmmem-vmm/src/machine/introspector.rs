@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Error, VcpuFd, VmFd};
 use kvmmem_sys::pio::PortData;
 
@@ -34,20 +35,29 @@ pub(crate) struct Hardware {
     pub(crate) address_bits: u32,
 }
 
-/// Serves exits of vCPUs that no device serves. Called by vCPU threads.
+/// What is left to do of an exit.
+pub(crate) enum Served {
+    /// It was another exit.
+    No,
+    Yes,
+    /// The vCPU is to make its hypercall again: it goes back to these registers.
+    Again(Box<kvm_regs>),
+}
+
+/// Serves exits of vCPUs that no device serves. Called by vCPU threads, which are not paused
+/// meanwhile: a vCPU's number is for what reaches the guest's memory by KVM.
 pub(crate) trait IntrospectorExits: Send + Sync {
     /// Serves a read of four bytes from the doorbell port, the last exit of `vcpu`.
     ///
     /// # Errors
     /// What KVM reports when the registers cannot be read or set.
-    fn doorbell(&self, vcpu: &mut VcpuFd, data: &PortData) -> Result<(), Error>;
+    fn doorbell(&self, id: u8, vcpu: &mut VcpuFd, data: &PortData) -> Result<Served, Error>;
 
-    /// Serves a hypercall that KVM forwards as Xen's, the last exit of `vcpu`; false when the exit
-    /// was another one.
+    /// Serves a hypercall that KVM forwards as Xen's, the last exit of `vcpu`.
     ///
     /// # Errors
     /// As [`IntrospectorExits::doorbell`].
-    fn hypercall(&self, vcpu: &mut VcpuFd) -> Result<bool, Error>;
+    fn hypercall(&self, id: u8, vcpu: &mut VcpuFd) -> Result<Served, Error>;
 
     /// Counts a guest's write to read-only memory at `gpa`; false if no window is there.
     fn refuse_write(&self, gpa: u64) -> bool;

@@ -18,7 +18,7 @@ pub(crate) struct Registers {
 }
 
 /// Reads the registers, in the vCPU's own thread: KVM holds up others while the vCPU runs.
-pub(super) fn read(vcpu: &VcpuFd) -> Result<Registers, kvm_ioctls::Error> {
+pub(crate) fn read(vcpu: &VcpuFd) -> Result<Registers, kvm_ioctls::Error> {
     Ok(Registers {
         general: vcpu.get_regs()?,
         system: vcpu.get_sregs()?,

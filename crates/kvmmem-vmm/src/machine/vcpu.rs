@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! vCPU: its initial state, and the thread that runs it and handles its exits.
 
+mod again;
 mod error;
 mod internal_error;
 
@@ -21,10 +22,11 @@ use crate::limit::warn_limited;
 use crate::machine::boot::{STACK_TOP, boot_sregs};
 use crate::machine::cpuid::CpuidTemplate;
 use crate::machine::devices::bus::Bus;
-use crate::machine::introspector::IntrospectorExits;
+use crate::machine::introspector::{IntrospectorExits, Served};
 use crate::machine::registers;
 use crate::machine::rendezvous::Rendezvous;
 use crate::machine::stop::{GenerationEnd, StopHandle};
+use again::execute_again;
 pub use error::VcpuError;
 use internal_error::FalseDeliveries;
 pub use internal_error::KvmFault;
@@ -193,11 +195,12 @@ fn run_once(
     if !matches!(exit, Ok(VcpuExit::InternalError | VcpuExit::Intr) | Err(_)) {
         row.reset();
     }
+    let mut served = Served::No;
     match exit {
         Ok(VcpuExit::IoIn(DOORBELL_PORT, answer)) => {
             answer.fill(0xff);
             if let (4, Some(introspector)) = (answer.len(), &shared.introspector) {
-                introspector.doorbell(vcpu, data).map_err(failed)?;
+                served = introspector.doorbell(id, vcpu, data).map_err(failed)?;
             }
         }
         Ok(VcpuExit::IoIn(port, data)) => shared.ports.read(port.into(), data),
@@ -205,13 +208,12 @@ fn run_once(
         Ok(VcpuExit::MmioRead(gpa, data)) => shared.mmio.read(gpa, data),
         Ok(VcpuExit::MmioWrite(gpa, data)) => shared.write_mmio(gpa, data),
         Ok(VcpuExit::Unsupported(reason)) => {
-            let served = match &shared.introspector {
-                Some(introspector) if reason == kvmmem_sys::xen::EXIT_REASON => {
-                    introspector.hypercall(vcpu).map_err(failed)?
-                }
-                _ => false,
-            };
-            if !served {
+            if let (kvmmem_sys::xen::EXIT_REASON, Some(introspector)) =
+                (reason, &shared.introspector)
+            {
+                served = introspector.hypercall(id, vcpu).map_err(failed)?;
+            }
+            if matches!(served, Served::No) {
                 return Err(VcpuError::Exit { id, exit: format!("unknown exit reason {reason}") });
             }
         }
@@ -239,6 +241,13 @@ fn run_once(
         Err(source) => {
             warn_limited!(id, %source, "KVM_RUN failed");
             return Err(VcpuError::Run { id, source });
+        }
+    }
+    if let Served::Again(regs) = served {
+        // KVM completes the exit, which may write to the guest's memory.
+        let _inside = shared.rendezvous.enter(id, || registers::read(vcpu).ok());
+        if !shared.stop.is_ending() {
+            execute_again(vcpu, &regs).map_err(failed)?;
         }
     }
     Ok(())

@@ -16,7 +16,7 @@ use kvmmem_vmm::{ResetPolicy, VmExit};
 use crate::fixture::{
     TOKEN, Target, refused, run_with_broker, run_with_tokens, wait_until, window_methods,
 };
-use crate::guest::Guest;
+use crate::guest::{Guest, Method};
 use crate::tokens::OneToken;
 use crate::views::{Calls, DESCRIPTOR, FIRST, POSITION, REQUEST, RESULT, THERE, guest, secret};
 
@@ -143,6 +143,38 @@ fn two_cpus_open_and_close_views_at_once_and_one_of_them_loses_one() {
         assert_eq!(outcome.exit, VmExit::PowerOff);
         // The revoked one is not reported.
         assert_eq!(tokens.state().open.keys().copied().collect::<Vec<_>>(), [1]);
+    }
+}
+
+#[test]
+fn a_call_that_is_made_again_stores_nothing_once_a_revocation_has_returned() {
+    const GO: u64 = 0x2000;
+    const STORED: u64 = 0x1000;
+    if !window_methods().contains(&Method::Doorbell) {
+        return;
+    }
+    for _ in 0..50 {
+        let (target, tokens) = secret(Rights::ReadWrite);
+        let program = guest(Method::Doorbell)
+            .attach()
+            .touch_while(FIRST + GO, 0, FIRST + THERE, false)
+            .ring_into(ATTACH, [REQUEST, RESULT], FIRST + STORED)
+            .power_off();
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_until(|| tokens.asked() == 1);
+                tokens.be_silent();
+                target.write(GO, 1);
+                // From now on it makes the call again and again.
+                wait_until(|| tokens.asked() == 2);
+                assert!(tokens.events().revoke(1));
+                target.write(STORED, 0);
+                tokens.speak();
+            });
+            run_with_tokens(&program, &tokens, |_| {}).unwrap()
+        });
+        assert_eq!(outcome.exit, VmExit::PowerOff);
+        assert_eq!(target.read(STORED), 0);
     }
 }
 

@@ -127,6 +127,20 @@ impl Guest {
         }
     }
 
+    /// Makes a hypercall by the doorbell whose result KVM itself stores at `to`.
+    pub(crate) fn ring_into(self, number: u64, [a0, a1]: [u64; 2], to: u64) -> Self {
+        // mov rbx, a0; mov rcx, a1; mov rdi, to; insd
+        self.load_rax(number)
+            .bytes(&[0x48, 0xbb])
+            .bytes(&a0.to_le_bytes())
+            .bytes(&[0x48, 0xb9])
+            .bytes(&a1.to_le_bytes())
+            .bytes(&[0x48, 0xbf])
+            .bytes(&to.to_le_bytes())
+            .load_edx(DOORBELL_PORT.into())
+            .bytes(&[0x6d])
+    }
+
     /// `cpuid`; reports eax and ebx as one value, then ecx and edx.
     pub(crate) fn cpuid(self, leaf: u32) -> Self {
         self.bytes(&[0xb8])

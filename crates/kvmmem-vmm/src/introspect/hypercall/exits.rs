@@ -7,21 +7,21 @@ use kvmmem_sys::pio::PortData;
 use super::port::on_doorbell;
 use super::serve::Hypercalls;
 use super::xen::on_xen_exit;
-use crate::machine::introspector::IntrospectorExits;
+use crate::machine::introspector::{IntrospectorExits, Served};
 use crate::status::ActiveMethod;
 
 impl IntrospectorExits for Hypercalls {
-    fn doorbell(&self, vcpu: &mut VcpuFd, data: &PortData) -> Result<(), Error> {
+    fn doorbell(&self, id: u8, vcpu: &mut VcpuFd, data: &PortData) -> Result<Served, Error> {
         match self.method() {
-            ActiveMethod::Port => on_doorbell(vcpu, data, self).map(drop),
-            ActiveMethod::Xen => Ok(()),
+            ActiveMethod::Port => on_doorbell(id, vcpu, data, self),
+            ActiveMethod::Xen => Ok(Served::No),
         }
     }
 
-    fn hypercall(&self, vcpu: &mut VcpuFd) -> Result<bool, Error> {
+    fn hypercall(&self, id: u8, vcpu: &mut VcpuFd) -> Result<Served, Error> {
         match self.method() {
-            ActiveMethod::Xen => on_xen_exit(vcpu, self),
-            ActiveMethod::Port => Ok(false),
+            ActiveMethod::Xen => on_xen_exit(id, vcpu, self),
+            ActiveMethod::Port => Ok(Served::No),
         }
     }
 

@@ -17,6 +17,7 @@ use crate::introspect::source::{PageGrant, Token, TokenSource, ViewGrant};
 use crate::introspect::v1::{MapError, MappingEngine};
 use crate::introspect::window::Windows;
 use crate::limit::warn_limited;
+use crate::machine::registers;
 use crate::machine::rendezvous::Rendezvous;
 use crate::status::ActiveMethod;
 
@@ -63,19 +64,20 @@ impl Hypercalls {
         self.windows.as_ref().is_some_and(|windows| windows.refuse_write(gpa))
     }
 
-    /// Carries out a hypercall of `vcpu`, made at privilege level `cpl`; the result is 0 or a
-    /// negative `KVM_Exxx`. One that is pending is to be made again.
-    pub(super) fn serve(&self, vcpu: &VcpuFd, cpl: u8, call: Hypercall) -> Poll<i64> {
+    /// Carries out a hypercall of `vcpu`, number `id`, made at privilege level `cpl`; the result is
+    /// 0 or a negative `KVM_Exxx`. One that is pending is to be made again.
+    pub(super) fn serve(&self, id: u8, vcpu: &VcpuFd, cpl: u8, call: Hypercall) -> Poll<i64> {
         let done =
-            if cpl == 0 { self.dispatch(vcpu, call) } else { Poll::Ready(Err(KvmError::Perm)) };
+            if cpl == 0 { self.dispatch(id, vcpu, call) } else { Poll::Ready(Err(KvmError::Perm)) };
         done.map(|done| match done {
             Ok(()) => 0,
             Err(error) => -i64::from(error.number()),
         })
     }
 
-    fn dispatch(&self, vcpu: &VcpuFd, call: Hypercall) -> Poll<Result<(), KvmError>> {
-        let memory = VirtualMemory { translate: |gva| translate(vcpu, gva), memory: &self.memory };
+    fn dispatch(&self, id: u8, vcpu: &VcpuFd, call: Hypercall) -> Poll<Result<(), KvmError>> {
+        let translate = |gva| self.translate(id, vcpu, gva);
+        let memory = VirtualMemory { translate, memory: &self.memory };
         let done = match call {
             Hypercall::MemMap { token_gva, target_gpa, own_gpa } => {
                 let tokens = self.tokens.as_ref();
@@ -150,15 +152,16 @@ impl Hypercalls {
         }
     }
 
+    /// The GPA behind a guest-virtual address, as the vCPU's page tables have it. These may be in a
+    /// window, so that this counts as entering the guest; no lock is held.
+    fn translate(&self, id: u8, vcpu: &VcpuFd, gva: u64) -> Option<u64> {
+        let inside = self.rendezvous.enter(id, || registers::read(vcpu).ok());
+        let found = vcpu.translate_gva(gva);
+        drop(inside);
+        found.ok().filter(|found| found.valid != 0).map(|found| found.physical_address)
+    }
+
     fn windows(&self) -> Result<&Windows, KvmError> {
         self.windows.as_deref().ok_or(KvmError::OpNotSupp)
     }
-}
-
-/// The GPA behind a guest-virtual address, as the vCPU's page tables have it.
-fn translate(vcpu: &VcpuFd, gva: u64) -> Option<u64> {
-    vcpu.translate_gva(gva)
-        .ok()
-        .filter(|found| found.valid != 0)
-        .map(|found| found.physical_address)
 }
