@@ -12,8 +12,8 @@ use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mremap
 ///
 /// `mmap` with MAP_FIXED unmaps what is there before it asks the file. A driver or a file system
 /// that refuses then leaves a hole, in which another thread's memory may come to be. So the file is
-/// mapped elsewhere, and moved once nothing but want of memory can fail. `rest` is mapped, from
-/// offset 0 on, where that leaves a hole after all.
+/// mapped elsewhere, and moved once nothing but want of memory can fail. `rest`, from its offset on,
+/// is mapped where that leaves a hole after all.
 ///
 /// # Safety
 ///
@@ -44,16 +44,15 @@ pub(crate) unsafe fn map_over(
     let Err(error) = moved else { return Ok(()) };
     // SAFETY: as before: it was not moved.
     let _ = unsafe { munmap(new, len) };
-    // Kernels before 5.16 do not move files of huge pages. What has been mapped is not refused.
-    let (file, offset, flags) = match error {
-        Errno::INVAL => (file, offset, flags | MapFlags::FIXED),
-        _ => (rest, rest_offset, flags | MapFlags::FIXED_NOREPLACE),
+    let at_address = |flags, file, offset| {
+        // SAFETY: by the contract the range is the caller's, and is replaced by what was asked for;
+        // or, where it is a hole, filled, and else kept (EEXIST).
+        unsafe { mmap(address, len, protection, flags, file, offset) }
     };
-    // SAFETY: by the contract the range is the caller's. Where it is not a hole, it is replaced by
-    // what was asked for, or kept (EEXIST).
-    let mapped = unsafe { mmap(address, len, protection, flags, file, offset) };
-    match mapped {
-        Ok(_) if error == Errno::INVAL => Ok(()),
-        _ => Err(error),
+    // Kernels before 5.16 do not move files of huge pages. What has been mapped is not refused.
+    if error == Errno::INVAL && at_address(flags | MapFlags::FIXED, file, offset).is_ok() {
+        return Ok(());
     }
+    let _ = at_address(flags | MapFlags::FIXED_NOREPLACE, rest, rest_offset);
+    Err(error)
 }

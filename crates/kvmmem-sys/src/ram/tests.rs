@@ -106,3 +106,13 @@ fn a_huge_page_never_takes_a_page_s_place() {
         );
     }
 }
+
+#[test]
+fn a_file_that_refuses_takes_no_page_s_place() {
+    let ram = GuestRam::new(MIB).unwrap();
+    ram.memory().write_obj(7u8, GuestAddress(0x3000)).unwrap();
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let replaced = ram.replace_page(0x3000, socket.as_fd(), 0);
+    assert!(matches!(replaced, Err(RamError::Replace { gpa: 0x3000, .. })), "{replaced:?}");
+    assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x3000)).unwrap(), 7);
+}

@@ -235,6 +235,21 @@ fn a_view_is_read_and_mapped_until_it_is_revoked() {
 }
 
 #[test]
+fn a_revocation_right_after_a_reset_does_not_hide_it() {
+    let machine = Machine::new();
+    machine.plug_view(b'a');
+    let (view, _theirs) = machine.attach().unwrap();
+    assert_eq!(view.instance().unwrap(), Some(5));
+    let host = machine.head();
+    host.write(GENERATION_AT, &3u64.to_le_bytes());
+    host.write(120, &6u64.to_le_bytes());
+    host.write(24, &STATE_REVOKED.to_le_bytes());
+    host.write(GENERATION_AT, &6u64.to_le_bytes());
+    assert_eq!(view.wait(PATIENCE).unwrap(), Some(Event::Revoked));
+    assert_eq!(view.instance().unwrap(), Some(6));
+}
+
+#[test]
 fn the_hosts_end_of_the_connection_and_the_tools_end_the_view() {
     for by_host in [true, false] {
         let machine = Machine::new();
