@@ -40,6 +40,15 @@ impl Fake {
     }
 }
 
+#[track_caller]
+fn wait_until(is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "still waiting");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Asks as long as there is no connection yet.
 fn retry<T>(ask: impl Fn() -> Result<T, AskError>) -> Result<T, AskError> {
     let began = Instant::now();
@@ -224,11 +233,7 @@ fn a_target_that_is_removed_after_a_lost_connection_runs_again() {
     fake.machine().fault = Some(("query-status", Fault::Close));
     assert!(pause.check().is_err());
     // One that ends the pause, one that closes the socket, and one that connects again.
-    let began = Instant::now();
-    while jobs.lock().unwrap().as_ref().unwrap().len() < 3 {
-        assert!(began.elapsed() < PATIENCE, "still waiting");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(|| jobs.lock().unwrap().as_ref().unwrap().len() >= 3);
     let all = jobs.lock().unwrap().replace(Vec::new()).unwrap();
     all.into_iter().for_each(|job| job());
     assert_eq!(fake.machine().commands, ["stop"]);
@@ -317,23 +322,15 @@ fn a_reset_just_before_the_connection_is_lost_is_reported() {
     };
     let monitor = Monitor::new(path.clone(), Some(Qmp::connect(&path).unwrap()));
     let listening = Listening::start(Arc::clone(&monitor), || None, handle, PATIENCE, keep(&jobs));
-    let began = Instant::now();
-    while monitor.counts().resets == 0 {
-        assert!(began.elapsed() < PATIENCE, "still waiting");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| monitor.counts().resets > 0);
     monitor.reconnect();
-    while monitor.is_up() {
-        assert!(began.elapsed() < PATIENCE, "still waiting");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| !monitor.is_up());
     // Also what the first job leaves to others.
-    while reset.try_recv().is_err() {
-        assert!(began.elapsed() < PATIENCE, "the reset is not reported");
+    wait_until(|| {
         let due = jobs.lock().unwrap().replace(Vec::new()).unwrap();
         due.into_iter().for_each(|job| job());
-        std::thread::sleep(Duration::from_millis(1));
-    }
+        reset.try_recv().is_ok()
+    });
     *jobs.lock().unwrap() = None;
     drop(listening);
 }
@@ -346,12 +343,10 @@ fn a_question_that_a_step_has_sent_has_its_limit_without_further_steps() {
     let monitor = Monitor::new(fake.path.clone(), None);
     let handle = |_: VmEvent<'_>| ListenerAction::Listen;
     let listener = Listener::new(Arc::clone(&monitor), find, handle, PATIENCE, threads(), || {});
-    let began = Instant::now();
-    while !monitor.is_up() {
-        assert!(began.elapsed() < PATIENCE, "still waiting");
+    wait_until(|| {
         listener.step();
-        std::thread::sleep(Duration::from_millis(1));
-    }
+        monitor.is_up()
+    });
     fake.machine().fault = Some(("query-memory-size-summary", Fault::Silence));
     listener.state().ask = Some(Instant::now());
     let until = listener.step().unwrap().until;

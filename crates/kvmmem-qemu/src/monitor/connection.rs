@@ -22,7 +22,7 @@ const TURN: Duration = Duration::from_millis(2);
 /// Gets the answer to a command.
 type Reply = Box<dyn FnOnce(Answer) + Send>;
 
-/// An answer as QEMU sent it, or why there is none.
+/// QEMU's answer as JSON that is not parsed yet, or the error.
 pub(super) type Answer = Result<Box<RawValue>, QmpError>;
 
 /// A command that is to be sent.

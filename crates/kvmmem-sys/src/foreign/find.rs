@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Searches of foreign memory in place.
 
-use super::{Foreign, ForeignError, copied};
+use super::access::copied;
+use super::{Foreign, ForeignError};
 use crate::guarded;
 use crate::search::{Atoms, Candidates, PLACES, Probe};
 

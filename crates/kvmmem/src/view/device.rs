@@ -267,7 +267,7 @@ impl Backend for DeviceView {
     fn detach(&self) -> Result<(), ViewError> {
         let operation = ViewOperation::Detach;
         self.file.detach().map_err(|source| ViewError::System { operation, source })?;
-        // Mappings and children keep the connection open, by which the host knows of the view.
+        // The host ends the view with this connection, which mappings and children keep open.
         if let Some(guest) = &self.guest {
             guest.shut();
         }
